@@ -1,0 +1,353 @@
+"""Loads a model folder: config checked, headers checked, then weights, then the dtype policy."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .config import MODEL_TYPE, HydraArgs
+from .errors import CheckpointError, ConfigError, UsageError
+from .model import Model
+from .registry import register
+from .shards import load_arrays, read_headers
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+# On a CPU, dequantised float32 weights may take up to this share of the machine's memory.
+DEQUANTISE_SHARE = 0.4
+
+
+@dataclass
+class LoadReport:
+    """What loading did, for --stats.
+
+    Attributes:
+        path: The folder. weights: One phrase on how the weights are kept and why.
+        nbytes: Bytes of all parameters as they are in memory.
+    """
+
+    path: Path
+    weights: str
+    nbytes: int
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder as a dict.
+
+    Raises:
+        ConfigError: Absent or not a JSON object.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder} is not a folder.", "Give the folder of a converted model or a hub id."
+        )
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} has no config.json; it is not a model folder.") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} cannot be read ({type(e).__name__}).") from None
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"{path} is not valid JSON ({e}).") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds {type(config).__name__}, expected an object.")
+    return config
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU here (no Metal, no CUDA)."""
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
+def load_model(
+    path: Union[str, os.PathLike],
+    dtype: str = "auto",
+    lazy: bool = False,
+) -> nn.Module:
+    """Load a model; no tokenizer is needed.
+
+    Args:
+        path: Folder with config.json and safetensors (spec layout or converted), or a hub id.
+        dtype: "auto", or "float32", "bfloat16", "float16" for unquantised weights. "auto" keeps
+            what the files hold, except on a CPU, where float32 is several times faster: there
+            weights become float32, quantised ones too when they fit.
+        lazy: Leave the weights on disk until first use.
+
+    Returns:
+        The model; `model(tokens[B, T], cache=None) -> logits[B, T, V]`. Its `load_report`
+        says what was done.
+
+    Raises:
+        ConfigError, CheckpointError, UsageError: See the messages.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UsageError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}.")
+    folder = resolve_path(path)
+    config = read_config(folder)
+    register()
+    if config.get("model_type") == MODEL_TYPE:
+        model = _load_hydra(folder, config)
+    else:
+        model = _load_other(folder, config)
+    weights = _apply_dtype(model, dtype)
+    if not lazy:
+        mx.eval(model.parameters())
+    model.eval()
+    nbytes = sum(x.nbytes for _, x in tree_flatten(model.parameters()))
+    object.__setattr__(model, "load_report", LoadReport(folder, weights, nbytes))
+    return model
+
+
+def load(path: Union[str, os.PathLike], dtype: str = "auto", lazy: bool = False) -> tuple:
+    """Load a model and its tokenizer; arguments as in load_model.
+
+    Returns:
+        (model, tokenizer), the tokenizer wrapped as mlx-lm does it.
+
+    Raises:
+        ConfigError, CheckpointError, UsageError: See the messages.
+    """
+    folder = resolve_path(path)
+    model = load_model(folder, dtype, lazy)
+    return model, load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, wrapped as mlx-lm does it.
+
+    Raises:
+        CheckpointError: Absent or broken.
+    """
+    from mlx_lm.utils import load_tokenizer as stock
+
+    register()
+    if not any((folder / n).is_file() for n in ("tokenizer.json", "tokenizer.model")):
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json.",
+            "Use hydra_mlx.load_model for a model without a tokenizer.",
+        )
+    eos = read_config(folder).get("eos_token_id")
+    try:
+        return stock(folder, eos_token_ids=eos)
+    except Exception as e:  # transformers raises many kinds on a broken tokenizer.json
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be loaded ({_first_line(e)})."
+        ) from e
+
+
+def resolve_path(path: Union[str, os.PathLike]) -> Path:
+    """A local folder as it is; anything that looks like a hub id is fetched.
+
+    Raises:
+        UsageError: Neither a folder nor a hub id that can be had.
+    """
+    text = os.fspath(path)
+    local = Path(text).expanduser()
+    if local.exists():
+        return local
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        from .fetch import fetch_hub
+
+        return fetch_hub(text, None)
+    raise UsageError(f"{text} does not exist.", "Give a model folder or a hub id (owner/name).")
+
+
+def _load_hydra(folder: Path, config: dict) -> Model:
+    args = HydraArgs.from_dict(config)
+    headers = read_headers(folder)
+    check_sizes(args, headers)
+    model = Model(args)
+    names = {n: i for n, i in headers.items() if n in model.sanitize(dict.fromkeys(headers))}
+    _quantise_modules(model, config, names)
+    expected = dict(tree_flatten(model.parameters()))
+    check_names(folder, expected, names)
+    weights = {}
+    for file in sorted({i.file for i in names.values()}):
+        weights.update({n: x for n, x in load_arrays(file).items() if n in names})
+    model.load_weights(list(weights.items()), strict=True)
+    return model
+
+
+def check_sizes(args: HydraArgs, headers: dict):
+    """Refuse a config whose numbers do not fit the files before any memory is asked for.
+
+    Raises:
+        CheckpointError: More layers or a larger embedding than the files hold.
+    """
+    layers = {n.split(".")[2] for n in headers if n.startswith("model.layers.")}
+    if len(layers) != args.num_hidden_layers:
+        raise CheckpointError(
+            f"config.json says {args.num_hidden_layers} layers, the weights have {len(layers)}."
+        )
+    embed = headers.get("model.embed_tokens.weight")
+    if embed is not None and embed.shape[:1] != (args.vocab_size,):
+        raise CheckpointError(
+            f"config.json says vocab_size {args.vocab_size}, the embedding has shape "
+            f"{list(embed.shape)}."
+        )
+
+
+def _quantise_modules(model: Model, config: dict, names: dict):
+    quantization = config.get("quantization") or config.get("quantization_config")
+    if not any(n.endswith(".scales") for n in names):
+        return
+    try:
+        default = {k: quantization[k] for k in ("group_size", "bits")}
+        default["mode"] = quantization.get("mode", "affine")
+    except (TypeError, KeyError):
+        raise ConfigError(
+            'The weights are quantised, but config.json has no "quantization" with group_size '
+            "and bits."
+        ) from None
+
+    def predicate(path, module):
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in names:
+            return False
+        own = quantization.get(path)
+        return {**default, **own} if isinstance(own, dict) else dict(default)
+
+    try:
+        nn.quantize(model, **default, class_predicate=predicate)
+    except (ValueError, TypeError, KeyError, RuntimeError) as e:
+        raise ConfigError(f"config.json: quantization cannot be used ({_first_line(e)}).") from None
+
+
+def check_names(where: Path, expected: dict, found: dict):
+    """Compare parameters {name: array} with headers {name: TensorInfo}.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected, of the wrong shape or no number type.
+    """
+    for problem, names in (
+        ("missing", sorted(set(expected) - set(found))),
+        ("unexpected", sorted(set(found) - set(expected))),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{where}: tensor {names[0]}{more} {problem} in the weights.")
+    for name, info in found.items():
+        want = tuple(expected[name].shape)
+        if info.shape != want:
+            raise CheckpointError(
+                f"{where}: {name} has shape {list(info.shape)}, the config asks for {list(want)}."
+            )
+        packed = expected[name].dtype in (mx.uint32, mx.uint8)
+        if packed != (info.dtype in ("U32", "U8")) or info.dtype == "BOOL":
+            raise CheckpointError(f"{where}: {name} has dtype {info.dtype}, which does not fit.")
+
+
+def _load_other(folder: Path, config: dict) -> nn.Module:
+    from mlx_lm.utils import load_model as stock
+
+    read_headers(folder)
+    try:
+        return stock(folder, lazy=True)[0]
+    except Exception as e:  # any model of mlx-lm may raise anything
+        kind = config.get("model_type")
+        raise CheckpointError(
+            f"{folder}: mlx-lm cannot load this {kind!r} model ({_first_line(e)})."
+        ) from e
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+
+
+def _apply_dtype(model: nn.Module, dtype: str) -> str:
+    """Cast or dequantise by the policy of load_model; returns the phrase for the report."""
+    flat = dict(tree_flatten(model.parameters()))
+    quantised = any(n.endswith(".scales") for n in flat)
+    kept = {str(x.dtype).rsplit(".", 1)[-1] for x in flat.values() if _is_float(x.dtype)}
+    held = "quantised" if quantised else "/".join(sorted(kept))
+    if dtype == "auto":
+        if not on_cpu():
+            return f"{held}, as stored"
+        if quantised:
+            need = 4 * sum(_logical_size(m) for _, m in model.named_modules())
+            room = DEQUANTISE_SHARE * memory_bytes()
+            if need > room:
+                return f"quantised, as stored (float32 would need {need / 2**30:.1f} GiB)"
+            _dequantise(model)
+        _cast(model, mx.float32)
+        return f"float32 ({held} in the files; float32 is the fast one on a CPU)"
+    _cast(model, DTYPES[dtype])
+    return f"{dtype}, as asked" if not quantised else f"quantised, the rest {dtype}, as asked"
+
+
+def memory_bytes() -> int:
+    """Physical memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _is_float(dtype: mx.Dtype) -> bool:
+    return mx.issubdtype(dtype, mx.floating)
+
+
+def _logical_size(module: nn.Module) -> int:
+    if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        return 0
+    return module.weight.shape[0] * module.weight.shape[1] * 32 // module.bits
+
+
+def _cast(model: nn.Module, dtype: mx.Dtype):
+    keep = getattr(model, "cast_predicate", lambda _: True)
+    scales = _microscale_names(model)
+    cast = [
+        (n, x.astype(dtype))
+        for n, x in tree_flatten(model.parameters())
+        if _is_float(x.dtype) and keep(n) and n not in scales
+    ]
+    model.load_weights(cast, strict=False)
+
+
+def _microscale_names(model: nn.Module) -> set:
+    # The scales of mxfp4, nvfp4 and mxfp8 are bytes with a meaning of their own.
+    return {
+        f"{n}.scales" for n, m in model.named_modules() if getattr(m, "mode", "affine") != "affine"
+    }
+
+
+def _dequantise(model: nn.Module):
+    """Replace every quantised Linear and Embedding by its float32 twin, in place."""
+    changed = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.QuantizedLinear):
+            twin = nn.Linear(1, 1, bias="bias" in module)
+            if "bias" in module:
+                twin.bias = module.bias
+        elif isinstance(module, nn.QuantizedEmbedding):
+            twin = nn.Embedding(1, 1)
+        else:
+            continue
+        twin.weight = dequantise_array(
+            module.weight,
+            module.scales,
+            module.get("biases"),
+            module.group_size,
+            module.bits,
+            module.mode,
+        )
+        changed.append((name, twin))
+    from mlx.utils import tree_unflatten
+
+    model.update_modules(tree_unflatten(changed))
+
+
+def dequantise_array(
+    weight: mx.array,
+    scales: mx.array,
+    biases: Optional[mx.array],
+    group_size: int,
+    bits: int,
+    mode: str,
+) -> mx.array:
+    """Float32 values of a quantised matrix, without rounding through a smaller type."""
+    if mode == "affine":
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        return mx.dequantize(weight, scales, biases, group_size, bits, mode)
+    return mx.dequantize(weight, scales, None, group_size, bits, mode).astype(mx.float32)

@@ -1,0 +1,66 @@
+"""Softmax attention of the FA heads: no position in the keys, any grouping of keys."""
+
+import math
+from typing import Any, Optional
+
+import mlx.core as mx
+from mlx.utils import tree_map
+from mlx_lm.models.base import scaled_dot_product_attention
+
+
+def log_length_scale(offset: Any, T: int, a: float) -> mx.array:
+    """s_t = ln(t + a) / ln(a) for the T positions after `offset` (spec section 1), float32.
+
+    Args:
+        offset: Tokens before these: an int, or [B] for ragged batches (rows still inside their
+            left padding have negative offsets; those positions count as 0).
+
+    Returns:
+        [T] or [B, T].
+    """
+    t = mx.arange(T, dtype=mx.float32)
+    if isinstance(offset, mx.array):
+        t = offset.astype(mx.float32).reshape(-1, 1) + t
+    else:
+        t = t + float(offset)
+    # Computed as 1 + ln(1 + t/a)/ln(a): exact at t = 0 and no cancellation at a million.
+    return 1.0 + mx.log1p(mx.maximum(t, 0.0) / a) / math.log(a)
+
+
+def ragged_attention(
+    q: mx.array,
+    k: Any,
+    v: Any,
+    runs: tuple,
+    scale: float,
+    mask: Any = None,
+    cache: Optional[Any] = None,
+) -> mx.array:
+    """Causal softmax attention where key/value heads may serve different numbers of FA heads.
+
+    Args:
+        q: [B, Hf, T, D]. k, v: [B, Hk, S, D], or MLX's quantised triples of a QuantizedKVCache.
+        runs: LayerHeads.runs, (q_start, n_q, kv_start, n_kv); one attention call each.
+        scale: Multiplies the scores. mask: None, "causal", or a bool or additive array.
+        cache: The cache that k and v came from; tells how they are quantised.
+
+    Returns:
+        [B, Hf, T, D].
+    """
+
+    def heads(x, start, n):
+        whole = start == 0 and n == x.shape[1]
+        return x if whole else x[:, start : start + n]
+
+    parts = [
+        scaled_dot_product_attention(
+            heads(q, q_start, n_q),
+            tree_map(lambda x, s=kv_start, n=n_kv: heads(x, s, n), k),
+            tree_map(lambda x, s=kv_start, n=n_kv: heads(x, s, n), v),
+            cache=cache,
+            scale=scale,
+            mask=mask,
+        )
+        for q_start, n_q, kv_start, n_kv in runs
+    ]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)

@@ -1,0 +1,36 @@
+"""Makes mlx-lm's stock programs find the HydraHead model, in this process."""
+
+import sys
+
+from .config import MODEL_TYPE
+
+SHIM_NAME = "hydrahead_shim.py"
+# mlx-lm runs this file outside sys.modules: no relative imports, no dataclasses in it.
+SHIM = '''"""Lets stock mlx-lm load this folder: mlx_lm.generate --trust-remote-code --model ..."""
+from hydra_mlx.model import Model, ModelArgs
+from hydra_mlx.registry import register
+
+register()
+'''
+
+
+def register():
+    """Put the model where mlx_lm.load, generate, chat, server, convert, lora look for it.
+
+    Safe to call twice. mlx-lm has no plugin entry point; it imports `mlx_lm.models.<model_type>`.
+    """
+    from . import model
+
+    name = f"mlx_lm.models.{MODEL_TYPE}"
+    if sys.modules.get(name) is model:
+        return
+    sys.modules[name] = model
+    _register_config()
+
+
+def _register_config():
+    # Silences transformers' warning about an unknown model type when it loads a tokenizer.
+    from transformers import AutoConfig, PretrainedConfig
+
+    config = type("HydraHeadConfig", (PretrainedConfig,), {"model_type": MODEL_TYPE})
+    AutoConfig.register(MODEL_TYPE, config, exist_ok=True)
