@@ -1,7 +1,7 @@
 """hydra_mlx: long-context local inference for head-hybrid (HydraHead) models on MLX.
 
-    model, tokenizer = hydra_mlx.load("path")
-    for part in hydra_mlx.stream_generate(model, tokenizer, "prompt"): print(part.text, end="")
+model, tokenizer = hydra_mlx.load("path")
+for part in hydra_mlx.stream_generate(model, tokenizer, "prompt"): print(part.text, end="")
 """
 
 import importlib

@@ -8,15 +8,14 @@ import ctypes
 import ctypes.util
 import os
 import sys
-from typing import Optional
 
 NAMES = ("libopenblas.so.0", "libopenblas.so")
 APT_PACKAGE = "libopenblas0-pthread"
 
-_loaded: Optional[str] = None
+_loaded: str | None = None
 
 
-def preload() -> Optional[str]:
+def preload() -> str | None:
     """Load OpenBLAS so that mlx.core binds to it; HYDRA_BLAS=off leaves MLX as it is.
 
     Returns:

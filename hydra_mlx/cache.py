@@ -8,7 +8,6 @@ for their rotary embedding and an ArraysCache does not count tokens.
 """
 
 from dataclasses import dataclass
-from typing import Optional
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
@@ -105,7 +104,7 @@ def state_bytes(args: HydraArgs, itemsize: int = 2, sequences: int = 1) -> int:
 def describe(cache: list) -> str:
     """One line: how keys and values are kept, for --stats and --kv-bits."""
     kv = [c for c in cache if hasattr(c, "offset")]
-    bits: Optional[int] = next((c.bits for c in kv if hasattr(c, "bits")), None)
+    bits: int | None = next((c.bits for c in kv if hasattr(c, "bits")), None)
     n = sum(hasattr(c, "bits") for c in kv)
     if bits is None:
         return f"{len(kv)} key/value caches in full precision"

@@ -9,7 +9,7 @@ V vocabulary.
 import difflib
 import warnings
 from dataclasses import dataclass, field, fields
-from typing import Any, Optional, Union
+from typing import Any
 
 from .errors import ConfigError
 
@@ -62,29 +62,27 @@ class HydraArgs:
     num_key_value_heads: int
     vocab_size: int
     full_attention_heads: list
-    head_dim: Optional[int] = None
+    head_dim: int | None = None
     rms_norm_eps: float = 1e-6
-    rope_theta: Optional[float] = None
-    rope_scaling: Optional[dict] = None
-    rope_parameters: Optional[dict] = None
+    rope_theta: float | None = None
+    rope_scaling: dict | None = None
+    rope_parameters: dict | None = None
     tie_word_embeddings: bool = False
-    max_position_embeddings: Optional[int] = None
+    max_position_embeddings: int | None = None
     hidden_act: str = "silu"
     attention_bias: bool = False
     fa_kv: str = "gqa_shared"
     fa_rope: bool = False
-    fa_logit_scale: Optional[dict] = field(
-        default_factory=lambda: {"type": "log_length", "a": 500}
-    )
-    fa_gate: Optional[str] = "elementwise"
+    fa_logit_scale: dict | None = field(default_factory=lambda: {"type": "log_length", "a": 500})
+    fa_gate: str | None = "elementwise"
     fa_gate_position: str = "pre_norm"
     fa_qk_norm: bool = True
     la_conv_kernel: int = 4
     la_rope: bool = True
     la_qk_norm: bool = True
-    la_output_gate: Optional[str] = "silu"
+    la_output_gate: str | None = "silu"
     la_allow_neg_eigval: bool = False
-    fusion_norm: Optional[str] = "rms"
+    fusion_norm: str | None = "rms"
     fusion_scale: bool = True
     weights_form: str = "spec"
     model_type: str = MODEL_TYPE
@@ -183,7 +181,7 @@ class HydraArgs:
         check_head_map(heads, self.num_hidden_layers, self.num_attention_heads)
 
     @property
-    def logit_scale_a(self) -> Optional[float]:
+    def logit_scale_a(self) -> float | None:
         """The constant a of s_t = ln(t + a) / ln(a), or None when the scale is off."""
         return None if self.fa_logit_scale is None else float(self.fa_logit_scale.get("a", 500))
 
@@ -317,7 +315,7 @@ class LayerHeads:
         return tuple(runs)
 
 
-def layer_heads(args: HydraArgs, layer: int, order: Union[str, None] = None) -> LayerHeads:
+def layer_heads(args: HydraArgs, layer: int, order: str | None = None) -> LayerHeads:
     """Head lists of one layer in spec order, or in the order the fused form stores them.
 
     Fused order puts key/value heads with the same number of readers next to each other, so

@@ -4,17 +4,18 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from .config import MODEL_TYPE, HydraArgs
 from .errors import CheckpointError, ConfigError, UsageError
 from .model import Model
 from .registry import register
 from .shards import load_arrays, read_headers
+from .tensors import dequantise_array
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 # On a CPU, dequantised float32 weights may take up to this share of the machine's memory.
@@ -65,7 +66,7 @@ def on_cpu() -> bool:
 
 
 def load_model(
-    path: Union[str, os.PathLike],
+    path: str | os.PathLike,
     dtype: str = "auto",
     lazy: bool = False,
 ) -> nn.Module:
@@ -103,7 +104,7 @@ def load_model(
     return model
 
 
-def load(path: Union[str, os.PathLike], dtype: str = "auto", lazy: bool = False) -> tuple:
+def load(path: str | os.PathLike, dtype: str = "auto", lazy: bool = False) -> tuple:
     """Load a model and its tokenizer; arguments as in load_model.
 
     Returns:
@@ -140,7 +141,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from e
 
 
-def resolve_path(path: Union[str, os.PathLike]) -> Path:
+def resolve_path(path: str | os.PathLike) -> Path:
     """A local folder as it is; anything that looks like a hub id is fetched.
 
     Raises:
@@ -333,21 +334,4 @@ def _dequantise(model: nn.Module):
             module.mode,
         )
         changed.append((name, twin))
-    from mlx.utils import tree_unflatten
-
     model.update_modules(tree_unflatten(changed))
-
-
-def dequantise_array(
-    weight: mx.array,
-    scales: mx.array,
-    biases: Optional[mx.array],
-    group_size: int,
-    bits: int,
-    mode: str,
-) -> mx.array:
-    """Float32 values of a quantised matrix, without rounding through a smaller type."""
-    if mode == "affine":
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        return mx.dequantize(weight, scales, biases, group_size, bits, mode)
-    return mx.dequantize(weight, scales, None, group_size, bits, mode).astype(mx.float32)

@@ -8,7 +8,7 @@ gamma, norm weights and head order folded into the output projection.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,14 +27,14 @@ class Projected:
     qkv_la [B, T, 3*Hl*D] (q, then k, then v), gate_la [B, T, Hl, D], a and b [B, T, Hl].
     """
 
-    q_fa: Optional[mx.array] = None
-    k_fa: Optional[mx.array] = None
-    v_fa: Optional[mx.array] = None
-    gate_fa: Optional[mx.array] = None
-    qkv_la: Optional[mx.array] = None
-    gate_la: Optional[mx.array] = None
-    a: Optional[mx.array] = None
-    b: Optional[mx.array] = None
+    q_fa: mx.array | None = None
+    k_fa: mx.array | None = None
+    v_fa: mx.array | None = None
+    gate_fa: mx.array | None = None
+    qkv_la: mx.array | None = None
+    gate_la: mx.array | None = None
+    a: mx.array | None = None
+    b: mx.array | None = None
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Step:
 
     offset: Any
     fa_mask: Any
-    la_mask: Optional[mx.array]
+    la_mask: mx.array | None
 
 
 class Mixer(nn.Module):
@@ -183,11 +183,13 @@ class SpecMixer(Mixer):
         stored = [*self.heads.fa, *self.heads.la]
         self._place = mx.array([stored.index(h) for h in range(H)])
 
-    def weight(self, name: str) -> Optional[mx.array]:
+    def weight(self, name: str) -> mx.array | None:
         """A small tensor by its short name; None where the config has none."""
         if name in ("fa_norm", "la_norm"):
             return self[name].weight if name in self else None
-        scope, rest = (self.la, name) if name in ("A_log", "dt_bias") else (self[name[:2]], name[3:])
+        scope, rest = (
+            (self.la, name) if name in ("A_log", "dt_bias") else (self[name[:2]], name[3:])
+        )
         return scope[rest] if isinstance(scope[rest], mx.array) else scope[rest].weight
 
     def conv(self) -> mx.array:
@@ -213,7 +215,7 @@ class SpecMixer(Mixer):
                 p.gate_la = la.gate_proj(x).reshape(B, T, -1, D)
         return p
 
-    def output(self, y_fa: Optional[mx.array], y_la: Optional[mx.array]) -> mx.array:
+    def output(self, y_fa: mx.array | None, y_la: mx.array | None) -> mx.array:
         """Heads back to their original order, gamma, output projection."""
         y = mx.concatenate([y for y in (y_fa, y_la) if y is not None], axis=2)
         if y_fa is not None and y_la is not None:
@@ -287,7 +289,7 @@ class FusedMixer(Mixer):
             self.fa_q_norm, self.fa_k_norm = mx.ones(D), mx.ones(D)
         self.o_proj = nn.Linear(H * D, E, bias=args.attention_bias)
 
-    def weight(self, name: str) -> Optional[mx.array]:
+    def weight(self, name: str) -> mx.array | None:
         """A small tensor by its short name; norm weights are folded away and give None."""
         return self[name] if name in self else None
 
@@ -312,7 +314,7 @@ class FusedMixer(Mixer):
                 p.gate_la = la_gate.reshape(B, T, -1, D)
         return p
 
-    def output(self, y_fa: Optional[mx.array], y_la: Optional[mx.array]) -> mx.array:
+    def output(self, y_fa: mx.array | None, y_la: mx.array | None) -> mx.array:
         """Output projection; its columns already follow the stored head order."""
         y = [y.flatten(2) for y in (y_fa, y_la) if y is not None]
         return self.o_proj(y[0] if len(y) == 1 else mx.concatenate(y, axis=-1))

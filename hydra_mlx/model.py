@@ -4,7 +4,7 @@
 stock programs find this module.
 """
 
-from typing import Any, Optional
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -79,8 +79,8 @@ class HydraModel(nn.Module):
     def __call__(
         self,
         inputs: mx.array,
-        cache: Optional[list] = None,
-        input_embeddings: Optional[mx.array] = None,
+        cache: list | None = None,
+        input_embeddings: mx.array | None = None,
     ) -> mx.array:
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         layout = self.layout
@@ -106,8 +106,8 @@ class HydraModel(nn.Module):
 class Model(nn.Module):
     """A HydraHead language model.
 
-        logits = model(tokens[B, T], cache=None)     # [B, T, V], dtype of the weights
-        cache = model.make_cache()                   # flat list, see cache.py
+    logits = model(tokens[B, T], cache=None)     # [B, T, V], dtype of the weights
+    cache = model.make_cache()                   # flat list, see cache.py
     """
 
     def __init__(self, args: HydraArgs):
@@ -121,8 +121,8 @@ class Model(nn.Module):
     def __call__(
         self,
         inputs: mx.array,
-        cache: Optional[list] = None,
-        input_embeddings: Optional[mx.array] = None,
+        cache: list | None = None,
+        input_embeddings: mx.array | None = None,
     ) -> mx.array:
         """Logits for every position.
 

@@ -26,6 +26,7 @@ def register():
         return
     sys.modules[name] = model
     _register_config()
+    _trust_own_shim()
 
 
 def _register_config():
@@ -34,3 +35,22 @@ def _register_config():
 
     config = type("HydraHeadConfig", (PretrainedConfig,), {"model_type": MODEL_TYPE})
     AutoConfig.register(MODEL_TYPE, config, exist_ok=True)
+
+
+def _trust_own_shim():
+    """Let mlx_lm load our folders without --trust-remote-code in this process.
+
+    Their config names SHIM_NAME as model_file, which mlx_lm refuses by default; some of its
+    programs have no flag for it. The model is registered here, so the file need not run.
+    """
+    from mlx_lm import utils
+
+    stock = utils.load_config
+
+    def load_config(model_path):
+        config = stock(model_path)
+        if config.get("model_type") == MODEL_TYPE and config.get("model_file") == SHIM_NAME:
+            del config["model_file"]
+        return config
+
+    utils.load_config = load_config

@@ -133,7 +133,9 @@ def read_headers(folder: Path) -> dict:
         try:
             names = json.loads(index.read_text("utf-8"))["weight_map"]
             wanted = sorted(set(names.values()))
-            bad_name = [n for n in wanted if "/" in n or "\\" in n or not n.endswith(".safetensors")]
+            bad_name = [
+                n for n in wanted if "/" in n or "\\" in n or not n.endswith(".safetensors")
+            ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise CheckpointError(f"{index}: not a valid shard index.") from None
         if bad_name:
@@ -154,7 +156,9 @@ def read_headers(folder: Path) -> dict:
     for file in files:
         for name, info in read_header(file).items():
             if name in tensors:
-                raise CheckpointError(f"{name} stands in {tensors[name].file.name} and {file.name}.")
+                raise CheckpointError(
+                    f"{name} stands in {tensors[name].file.name} and {file.name}."
+                )
             tensors[name] = info
     if index.is_file():
         lost = sorted(set(names) - set(tensors))
@@ -178,10 +182,11 @@ class ShardWriter:
 
     Args:
         folder: An existing folder that nobody reads yet. limit: Bytes of a shard.
+        format: What the files' metadata call their origin: "mlx" or "pt".
     """
 
-    def __init__(self, folder: Path, limit: int):
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path, limit: int, format: str = "mlx"):
+        self.folder, self.limit, self.format = folder, limit, format
         self.pending: dict = {}
         self.pending_bytes = 0
         self.total_bytes = 0
@@ -199,7 +204,7 @@ class ShardWriter:
 
     def _flush(self):
         path = self.folder / f"part-{len(self.shards):05d}.safetensors"
-        mx.save_safetensors(str(path), self.pending, {"format": "mlx"})
+        mx.save_safetensors(str(path), self.pending, {"format": self.format})
         self.shards.append(sorted(self.pending))
         self.pending, self.pending_bytes = {}, 0
         mx.clear_cache()
@@ -215,9 +220,7 @@ class ShardWriter:
         n = len(self.shards)
         weight_map, files = {}, []
         for i, names in enumerate(self.shards):
-            final = (
-                "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
-            )
+            final = "model.safetensors" if n == 1 else f"model-{i + 1:05d}-of-{n:05d}.safetensors"
             (self.folder / f"part-{i:05d}.safetensors").rename(self.folder / final)
             files.append(final)
             weight_map.update({name: final for name in names})

@@ -6,7 +6,7 @@ They are the twins of the Metal kernels: same signatures, same results up to rou
 from .attention import log_length_scale, ragged_attention
 from .conv import short_conv
 from .delta import gated_delta
-from .fusion import fa_fusion, la_fusion, l2_normalise
+from .fusion import fa_fusion, l2_normalise, la_fusion
 
 __all__ = [
     "fa_fusion",

@@ -1,7 +1,7 @@
 """Softmax attention of the FA heads: no position in the keys, any grouping of keys."""
 
 import math
-from typing import Any, Optional
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -34,7 +34,7 @@ def ragged_attention(
     runs: tuple,
     scale: float,
     mask: Any = None,
-    cache: Optional[Any] = None,
+    cache: Any | None = None,
 ) -> mx.array:
     """Causal softmax attention where key/value heads may serve different numbers of FA heads.
 

@@ -1,16 +1,14 @@
 """Causal depthwise short convolution with a tail, for the q, k and v of LA heads."""
 
-from typing import Optional
-
 import mlx.core as mx
 
 
 def short_conv(
     x: mx.array,
     weight: mx.array,
-    tail: Optional[mx.array] = None,
-    mask: Optional[mx.array] = None,
-    lengths: Optional[mx.array] = None,
+    tail: mx.array | None = None,
+    mask: mx.array | None = None,
+    lengths: mx.array | None = None,
 ) -> tuple:
     """Convolve K inputs per channel, then SiLU (spec section 1).
 

@@ -18,8 +18,7 @@ doubling explodes. And each decay is the sum of its own segment of g, never a di
 long sums, so a token that wipes the state (g = -inf is allowed) costs later tokens nothing.
 """
 
-from functools import lru_cache
-from typing import Optional
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -28,7 +27,7 @@ CHUNK = 64
 STEPS_AT_MOST = 4  # up to here token-by-token is the smaller graph
 
 
-@lru_cache(maxsize=None)
+@cache
 def _merge_masks(C: int) -> list:
     """Masks [C, C] of the lower-left blocks that each merge of b-row blocks fills, b = 1, 2, 4..."""
     i, j = np.arange(C)[:, None], np.arange(C)[None]
@@ -66,8 +65,8 @@ def gated_delta(
     v: mx.array,
     g: mx.array,
     beta: mx.array,
-    state: Optional[mx.array] = None,
-    mask: Optional[mx.array] = None,
+    state: mx.array | None = None,
+    mask: mx.array | None = None,
     chunk: int = CHUNK,
 ) -> tuple:
     """The gated delta rule over T tokens for all LA heads of a layer.

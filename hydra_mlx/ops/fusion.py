@@ -1,7 +1,5 @@
 """Scale-normalised fusion: what happens to a head's output before the output projection."""
 
-from typing import Optional
-
 import mlx.core as mx
 
 from ..config import FUSION_EPS, L2_EPS
@@ -21,10 +19,10 @@ def _norm(o, weight, kind):
 
 def fa_fusion(
     o: mx.array,
-    gate: Optional[mx.array],
+    gate: mx.array | None,
     position: str,
-    norm: Optional[str],
-    weight: Optional[mx.array] = None,
+    norm: str | None,
+    weight: mx.array | None = None,
 ) -> mx.array:
     """Gate and norm of FA heads, without gamma.
 
@@ -42,10 +40,10 @@ def fa_fusion(
 
 def la_fusion(
     o: mx.array,
-    gate: Optional[mx.array],
-    activation: Optional[str],
-    norm: Optional[str],
-    weight: Optional[mx.array] = None,
+    gate: mx.array | None,
+    activation: str | None,
+    norm: str | None,
+    weight: mx.array | None = None,
 ) -> mx.array:
     """Norm and output gate of LA heads, without gamma.
 

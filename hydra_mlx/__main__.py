@@ -1,0 +1,70 @@
+"""hydra-mlx: one command, a subcommand for each program."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from . import __version__, cli
+from .errors import UsageError
+
+PROG = cli.PROG
+COMMANDS = {  # name: (module, what it does)
+    "generate": ("generate", "Answer one prompt; the reply goes to stdout."),
+    "convert": ("convert", "Turn a checkpoint into a folder that loads fast."),
+}
+
+
+def help_text() -> str:
+    """What --help prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"usage: {PROG} COMMAND [flags]", "", "commands:"]
+    lines += [f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+    lines += [
+        "",
+        f"`{PROG} COMMAND --help` lists the flags of a command; --version prints versions.",
+    ]
+    return "\n".join(lines)
+
+
+def version_text() -> str:
+    """Versions of this package and of what it runs on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in ("mlx", "mlx-lm"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} not installed")
+    return f"hydra_mlx {__version__} ({', '.join(found)})"
+
+
+def _dispatch(argv: list) -> int:
+    name = argv[0] if argv else None
+    if name in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if name == "--version":
+        print(version_text())
+        return 0
+    if name is None:
+        raise UsageError(
+            f"No command given; the commands are {', '.join(COMMANDS)}.", f"Try `{PROG} --help`."
+        )
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+        guess = f"Did you mean `{PROG} {near[0]}`? " if near else ""
+        raise UsageError(f"{name!r} is not a command.", f"{guess}`{PROG} --help` lists them all.")
+    module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
+    return module.main(argv[1:])
+
+
+def main(argv: Sequence | None = None) -> int:
+    """Run a subcommand; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return cli.guard(lambda: _dispatch(argv), cli.wants_debug(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,327 @@
+"""hydra-mlx generate: answer one prompt. The reply goes to stdout, all else to stderr.
+
+hydra-mlx generate "Why is the sky blue?"
+hydra-mlx generate --model DIR @report.txt "Summarise this."
+cat report.txt | hydra-mlx generate --model DIR "Summarise this."
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import cli, prompts, sampling
+from .errors import CheckpointError, UsageError
+from .text import count, first_line, read_prompt
+
+EPILOG = """\
+prompt: text, @FILE for a file's text (@@ for text that begins with @), - for stdin. Files and
+piped text come first, the prompt after them, a blank line between. Nothing is unescaped.
+
+--prompt-cache FILE: made if absent; otherwise what the model has read is taken from it, and it is
+  updated after the run. It belongs to one model, dtype and adapter, is checked byte by byte, and
+  is never left half written. With a chat template the prompt is the next turn of the conversation
+  in the file. Without one the prompt must begin with the text in the file (prompt and reply).
+  Otherwise the run ends before any work and the file stays as it is, unless
+  --prompt-cache-overwrite. To ask many questions about one text: make the file with -m 0, then
+  use it with --prompt-cache-ro. End the name in .safetensors and mlx_lm can read it too.
+
+Ctrl-C ends the reply, still writes the prompt cache and the statistics, and exits with 130.
+"""
+
+
+class _CallableModule(types.ModuleType):
+    # hydra_mlx.generate is a function of the package and, once imported, this module as well.
+    def __call__(self, *args, **kwargs):
+        from . import generation
+
+        return generation.generate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+
+def build_parser() -> cli.Parser:
+    """The flags; mlx_lm.generate's names where it has one."""
+    p = cli.parser("generate", __doc__, EPILOG)
+    whole = cli.number(int, 0)
+    p.add_argument("prompt", nargs="*", help="the prompt, in quotes; @FILE; -")
+    p.add_argument("--prompt", "-p", dest="prompt_flag", metavar="TEXT", help="the prompt")
+    p.add_argument(
+        "--file", action="append", default=[], metavar="PATH", help="a file before it; repeatable"
+    )
+    p.add_argument(
+        "--model",
+        metavar="PATH",
+        help="model folder or hub id (default: a small one, fetched once)",
+    )
+    p.add_argument("--adapter-path", metavar="DIR", help="adapters from mlx_lm.lora")
+    p.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of unquantised weights; auto keeps them, except float32 on a CPU",
+    )
+    p.add_argument(
+        "--max-tokens",
+        "-m",
+        type=cli.number(int, -1),
+        default=512,
+        metavar="N",
+        help="longest reply; 0 only reads the prompt, -1 is no limit (default 512)",
+    )
+    p.add_argument(
+        "--max-context",
+        type=cli.number(int, 1),
+        metavar="N",
+        help="refuse a prompt that with --max-tokens exceeds N tokens",
+    )
+    p.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+    )
+    p.add_argument(
+        "--extra-eos-token",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="tokens that end the reply too; write the prompt before this flag",
+    )
+    chat = p.add_argument_group("chat template (used when the tokenizer has one)")
+    chat.add_argument("--system-prompt", metavar="TEXT", help="instructions before the prompt")
+    chat.add_argument("--prefill-response", metavar="TEXT", help="beginning of the reply")
+    chat.add_argument(
+        "--ignore-chat-template", action="store_true", help="send the prompt as it is"
+    )
+    chat.add_argument(
+        "--use-default-chat-template", action="store_true", help="ChatML, when there is none"
+    )
+    chat.add_argument("--chat-template-config", metavar="JSON", help="variables for the template")
+    sampling.add_flags(p)
+    cache = p.add_argument_group("cache")
+    cache.add_argument(
+        "--prompt-cache", "--prompt-cache-file", metavar="FILE", help="load or make; see below"
+    )
+    cache.add_argument("--prompt-cache-ro", action="store_true", help="do not update it")
+    cache.add_argument("--prompt-cache-overwrite", action="store_true", help="ignore what is in it")
+    cache.add_argument(
+        "--kv-bits", type=int, metavar="N", help="quantise keys and values: 2, 3, 4, 5, 6 or 8 bits"
+    )
+    cache.add_argument("--kv-group-size", type=int, metavar="N", help="32, 64 or 128 (default 64)")
+    cache.add_argument(
+        "--quantized-kv-start",
+        type=whole,
+        metavar="N",
+        help="full precision until there are N tokens (default 0)",
+    )
+    cache.add_argument(
+        "--prefill-step-size",
+        type=cli.number(int, 1),
+        default=2048,
+        metavar="N",
+        help="prompt tokens at a time; smaller needs less memory (default 2048)",
+    )
+    out = p.add_argument_group("output")
+    out.add_argument(
+        "--stats", choices=("off", "text", "json"), help="figures on stderr (default off)"
+    )
+    out.add_argument("--quiet", action="store_true", help="no notes and no progress bar")
+    out.add_argument(
+        "--verbose",
+        choices=("True", "T", "true", "t", "False", "F", "false", "f"),
+        help="as in mlx_lm: True is --stats text, False is --quiet",
+    )
+    out.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for flags, reason in _REFUSED.items():
+        p.add_argument(*flags.split(), action=cli.Refuse, reason=reason)
+    return p
+
+
+_REFUSED = {
+    "--max-kv-size": "recurrent state cannot forget single tokens. Use --max-context or --kv-bits.",
+    "--draft-model": "speculative decoding needs to take tokens back, hybrid models cannot yet.",
+    "--num-draft-tokens": "speculative decoding is not there for hybrid models yet.",
+    "--image": "HydraHead models read text only.",
+    "--trust-remote-code": "no code of a model folder is ever run; leave it out.",
+    "--quantize-activations -qa": "only weights, keys and values can be quantised.",
+}
+
+
+def check_flags(args: argparse.Namespace):
+    """Flags that contradict each other or would do nothing; fills in defaults.
+
+    Raises:
+        UsageError: The first such flag.
+    """
+    if args.verbose is not None:
+        talk = args.verbose[0] in "Tt"
+        if args.stats is not None or (talk and args.quiet):
+            raise UsageError("--verbose contradicts --stats or --quiet.", "Leave --verbose out.")
+        args.stats, args.quiet = ("text", args.quiet) if talk else ("off", True)
+    args.stats = args.stats or "off"
+    for name in ("kv_group_size", "quantized_kv_start"):
+        if getattr(args, name) is not None and args.kv_bits is None:
+            raise UsageError(f"{sampling.flag(name)} has no effect without --kv-bits.")
+    for name in ("prompt_cache_ro", "prompt_cache_overwrite"):
+        if getattr(args, name) and args.prompt_cache is None:
+            raise UsageError(f"{sampling.flag(name)} has no effect without --prompt-cache FILE.")
+    if args.prompt_cache_ro and args.prompt_cache_overwrite:
+        raise UsageError("--prompt-cache-ro and --prompt-cache-overwrite exclude each other.")
+    if args.ignore_chat_template and args.use_default_chat_template:
+        raise UsageError(
+            "--ignore-chat-template and --use-default-chat-template exclude each other."
+        )
+    if "" in args.stop:
+        raise UsageError("--stop is empty, which would end every reply at once.")
+    if args.max_tokens == 0 and args.prefill_response is not None:
+        raise UsageError("--prefill-response has no effect with --max-tokens 0.")
+
+
+def load_adapters(model: Any, folder: str):
+    """Put the adapters of mlx_lm.lora on a model.
+
+    Raises:
+        UsageError: There are none. CheckpointError: They do not fit.
+    """
+    from mlx_lm.utils import load_adapters as stock
+
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        if not (Path(folder) / name).is_file():
+            raise UsageError(f"--adapter-path {folder} has no {name}.")
+    try:
+        stock(model, folder).eval()
+    except Exception as e:  # mlx-lm raises many kinds
+        raise CheckpointError(
+            f"The adapters in {folder} do not fit this model ({first_line(e)})."
+        ) from e
+
+
+def work(args: argparse.Namespace) -> int:
+    """Do what the flags say; returns the exit code."""
+    check_flags(args)
+    options = sampling.from_args(args)
+    chat = prompts.ChatOptions(
+        template=not args.ignore_chat_template,
+        default_template=args.use_default_chat_template,
+        system=args.system_prompt,
+        prefill=args.prefill_response,
+        config=prompts.parse_template_config(args.chat_template_config),
+    )
+    given = [*args.prompt, *([] if args.prompt_flag is None else [args.prompt_flag])]
+    prompt = read_prompt(given, args.file)
+    note: Callable = (lambda line: None) if args.quiet else cli.say
+
+    from . import loading
+
+    if args.model is None:
+        from .default_model import ensure
+
+        folder = ensure(cli.say)
+    else:
+        folder = loading.resolve_path(args.model)
+    start = time.perf_counter()
+    tokenizer = loading.load_tokenizer(folder)
+    prompts.add_end_tokens(tokenizer, args.extra_eos_token)
+    request = prompts.plan(args, prompt, chat, tokenizer, loading.read_config(folder), note)
+    model = loading.load_model(folder, args.dtype)
+    if args.adapter_path is not None:
+        load_adapters(model, args.adapter_path)
+    load_s = time.perf_counter() - start
+    return reply(args, options, tokenizer, model, request, load_s, note)
+
+
+def reply(
+    args: argparse.Namespace,
+    options: sampling.SamplingOptions,
+    tokenizer: Any,
+    model: Any,
+    request: Any,
+    load_s: float,
+    note: Callable,
+) -> int:
+    """Generate, print, save the prompt cache, print the figures; returns the exit code."""
+    from .generation import stream_generate
+    from .stats import backend
+
+    vocab = sampling.vocab_size(model)
+    if vocab is not None:
+        options.check_vocab(vocab)
+    cache = request.make_cache(model)
+    sampler, processors = options.make(tokenizer)
+    seed = options.apply_seed()
+    out, tokens = cli.Reply(), []
+    with cli.Interrupt() as interrupt, contextlib.ExitStack() as bar_stack:
+        bar = bar_stack.enter_context(
+            cli.progress("prompt", not args.quiet and len(request.rest) > 512, "tokens")
+        )
+        for part in stream_generate(
+            model,
+            tokenizer,
+            request.rest,
+            max_tokens=request.max_tokens,
+            sampler=sampler,
+            logits_processors=processors,
+            prompt_cache=cache,
+            prefill_step_size=args.prefill_step_size,
+            kv_bits=request.kv_bits,
+            kv_group_size=request.kv_group_size,
+            quantized_kv_start=args.quantized_kv_start or 0,
+            stop=args.stop,
+            progress=lambda done, total: bar("prompt", done, total),
+            should_stop=lambda: interrupt() or out.broken,
+            cached_tokens=request.cached,
+        ):
+            bar_stack.close()
+            if part.token is not None:
+                tokens.append(part.token)
+            out.write(part.text)
+        timings = part.timings
+        if tokens:
+            out.write("\n")
+        if part.finish_reason == "interrupt" and not out.broken:
+            note(
+                f"Interrupted after {count(timings.generated_tokens, 'token')}"
+                if tokens
+                else f"Interrupted after {timings.processed_tokens:,} of "
+                f"{count(len(request.rest), 'prompt token')}"
+            )
+        if args.kv_bits and not any(hasattr(c, "bits") for c in cache):
+            cli.say(
+                f"--kv-bits {args.kv_bits} had no effect: --quantized-kv-start was not reached."
+            )
+        if args.prompt_cache is not None and not args.prompt_cache_ro:
+            n = request.save(
+                args.prompt_cache,
+                args.model or "the default model",
+                model,
+                tokenizer,
+                cache,
+                tokens,
+                timings.processed_tokens,
+                args.prefill_response or "",
+            )
+            note(f"{args.prompt_cache} holds {count(n, 'token')}." if n else "Nothing to save.")
+    if args.stats != "off":
+        device, blas = backend()
+        weights = getattr(model, "load_report", None) and model.load_report.weights
+        timings = replace(
+            timings, load_s=load_s, device=device, blas=blas, weights=weights, seed=seed
+        )
+        cli.say(timings.as_json() if args.stats == "json" else timings.as_text())
+    if out.broken:
+        return cli.BROKEN_PIPE
+    return cli.INTERRUPTED if timings.finish_reason == "interrupt" else 0
+
+
+def main(argv: Sequence | None = None) -> int:
+    """Entry point of `hydra-mlx generate` and `python -m hydra_mlx.generate`."""
+    return cli.run(build_parser(), work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""The reply, token by token: mlx-lm's loop with stop strings, interrupts and checked arguments.
+
+What stream_generate promises about the cache: when it ends, for whatever reason, the cache holds
+exactly the prompt and the tokens that were yielded. Only an interrupt during the prompt leaves
+less: whole prefill steps of it, Timings.processed_tokens tokens.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from . import cache as caches
+from .errors import UsageError
+from .sampling import prompt_ids
+from .stats import Timings
+from .text import StopMatcher
+
+KV_BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)  # what mx.quantize offers
+
+
+@dataclass(frozen=True)
+class Part:
+    """One step of a reply.
+
+    Attributes:
+        text: What can be printed now; may be empty while a character or stop string is open.
+        token: The token of this step; None on a last part that brings no token of its own.
+        finish_reason: None, and on the last part "stop", "length" or "interrupt".
+        timings: On the last part.
+    """
+
+    text: str
+    token: int | None
+    finish_reason: str | None = None
+    timings: Timings | None = None
+
+
+class _Stopped(Exception):
+    """Raised between prefill steps, where every layer's cache is at the same token."""
+
+
+def stream_generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Sequence | mx.array,
+    max_tokens: int = 256,
+    sampler: Callable | None = None,
+    logits_processors: list | None = None,
+    prompt_cache: list | None = None,
+    prefill_step_size: int = 2048,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 0,
+    stop: Sequence = (),
+    progress: Callable | None = None,
+    should_stop: Callable | None = None,
+    cached_tokens: Sequence = (),
+) -> Iterator[Part]:
+    """Generate a reply; yields a Part for each token.
+
+    Args:
+        model, tokenizer: From hydra_mlx.load.
+        prompt: Text, or token ids [T]. What prompt_cache holds already is not repeated in it.
+        max_tokens: 0 only reads the prompt into the cache, -1 goes on until the model stops.
+        sampler: log-probabilities [1, V] -> token [1]; None takes the likeliest.
+        logits_processors: Each (tokens [T], logits [1, V]) -> logits.
+        prompt_cache: From model.make_cache(), extended in place; None makes one.
+        prefill_step_size: Prompt tokens that go through the model at once.
+        kv_bits: 2, 3, 4, 5, 6 or 8 quantises keys and values, in groups of kv_group_size, once the
+            cache holds quantized_kv_start tokens.
+        stop: The reply ends before the first of these strings.
+        progress: Called with (prompt tokens done, all) after each prefill step.
+        should_stop: Asked between prefill steps and between tokens; True ends the reply.
+        cached_tokens: Ids of what prompt_cache holds, for penalties that look back.
+
+    Raises:
+        UsageError: At once, for arguments that cannot be honoured.
+    """
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
+    if max_tokens < -1:
+        raise UsageError(f"max_tokens is {max_tokens}, expected 0 or more, or -1 for no limit.")
+    if prefill_step_size < 1:
+        raise UsageError(f"prefill_step_size is {prefill_step_size}, expected 1 or more.")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise UsageError("A stop string is empty, which would end every reply at once.")
+    ids = prompt_ids(model, tokenizer, prompt)
+    if prompt_cache is None:
+        prompt_cache = make_prompt_cache(model)
+    if kv_bits is not None:
+        check_kv_bits(model, prompt_cache, kv_bits, kv_group_size, quantized_kv_start)
+        if quantized_kv_start == 0 and _words_fit(head_dim(model), kv_bits):
+            caches.quantise_cache(prompt_cache, kv_bits, kv_group_size)
+    if logits_processors and len(cached_tokens):
+        before = mx.array(np.asarray(cached_tokens, np.int32))
+        logits_processors = [_looking_back(p, before) for p in logits_processors]
+    run = _Run(prompt_cache, len(ids), tokenizer, StopMatcher(stops), progress, should_stop)
+    steps = generate_step(
+        mx.array(ids),
+        model,
+        max_tokens=max_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        prompt_cache=prompt_cache,
+        prefill_step_size=prefill_step_size,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
+        prompt_progress_callback=run.between,
+    )
+    return run.parts(steps, max_tokens, model)
+
+
+def _looking_back(processor: Callable, before: mx.array) -> Callable:
+    return lambda tokens, logits: processor(mx.concatenate([before, tokens]), logits)
+
+
+class _Run:
+    """One reply: the loop and what is counted in it."""
+
+    def __init__(self, cache, total, tokenizer, matcher, progress, should_stop):
+        self.cache, self.total, self.tokenizer, self.matcher = cache, total, tokenizer, matcher
+        self.progress = progress or (lambda done, total: None)
+        self.should_stop = should_stop or (lambda: False)
+        self.held = held_tokens(cache)
+        self.processed = self.generated = 0
+        self.start = self.first = self.last = None
+
+    def between(self, done: int, total: int):
+        """generate_step's callback. At done == total a token is under way: too late to stop."""
+        self.processed = done
+        self.progress(done, total)
+        if done < total and self.should_stop():
+            raise _Stopped
+
+    def parts(self, steps: Iterator, max_tokens: int, model: Any) -> Iterator[Part]:
+        detokenizer = self.tokenizer.detokenizer
+        ends = self.tokenizer.eos_token_ids
+        reason = None
+        with contextlib.ExitStack() as stack:
+            with contextlib.redirect_stdout(sys.stderr):  # it warns on stdout, the reply's place
+                stack.enter_context(wired_limit(model, [generation_stream]))
+            stack.enter_context(contextlib.closing(steps))
+            self.start = time.perf_counter()
+            while reason is None:
+                token = None
+                try:
+                    if self.should_stop():
+                        raise _Stopped
+                    token = next(steps, (None, None))[0]
+                except _Stopped:
+                    reason = "interrupt"
+                self._tick(token, reason)
+                if token is None:
+                    reason = reason or "length"
+                elif token in ends:
+                    reason = "stop"
+                else:
+                    detokenizer.add_token(token)
+                    if self.generated == max_tokens:
+                        reason = "length"
+                if reason:
+                    detokenizer.finalize()
+                text, hit = self.matcher.push(detokenizer.last_segment)
+                if hit:
+                    reason = "stop"
+                elif reason:
+                    text += self.matcher.held
+                if not reason:
+                    yield Part(text, token)
+        yield Part(text, token, reason, self.timings(reason))
+
+    def _tick(self, token: int | None, reason: str | None):
+        now = time.perf_counter()
+        if self.first is None and reason is None:
+            self.first = now
+        if token is not None:
+            self.generated += 1
+            self.last = now
+
+    def timings(self, reason: str) -> Timings:
+        """The figures as they stand."""
+        prompt_s = None if self.first is None else self.first - self.start
+        reply_s = None if self.generated < 2 else self.last - self.first
+        kv, state = caches.cache_bytes(self.cache)
+        return Timings(
+            prompt_tokens=self.held + self.total,
+            cached_tokens=self.held,
+            processed_tokens=self.processed,
+            prompt_tps=self.processed / prompt_s if prompt_s else None,
+            ttft_s=prompt_s if self.generated else None,
+            generated_tokens=self.generated,
+            generation_s=reply_s,
+            generation_tps=(self.generated - 1) / reply_s if reply_s else None,
+            peak_memory_bytes=mx.get_peak_memory(),
+            kv_bytes=kv,
+            state_bytes=state,
+            kv=caches.describe(self.cache),
+            finish_reason=reason,
+        )
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | Sequence | mx.array,
+    max_tokens: int = 256,
+    sampler: Callable | None = None,
+    logits_processors: list | None = None,
+    prompt_cache: list | None = None,
+    prefill_step_size: int = 2048,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 0,
+    stop: Sequence = (),
+) -> str:
+    """The whole reply as text; arguments and errors as in stream_generate."""
+    parts = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens,
+        sampler,
+        logits_processors,
+        prompt_cache,
+        prefill_step_size,
+        kv_bits,
+        kv_group_size,
+        quantized_kv_start,
+        stop,
+    )
+    return "".join(part.text for part in parts)
+
+
+def held_tokens(cache: list) -> int:
+    """Tokens that a single-sequence cache holds; 0 where no entry counts them."""
+    return max((int(getattr(c, "offset", 0)) for c in cache), default=0)
+
+
+def head_dim(model: Any) -> int | None:
+    """D, or None for a model that does not say."""
+    args = getattr(model, "args", None)
+    found = getattr(args, "head_dim", None)
+    heads, hidden = (getattr(args, n, None) for n in ("num_attention_heads", "hidden_size"))
+    return found or (hidden // heads if heads and hidden else None)
+
+
+def _words_fit(D: int | None, bits: int) -> bool:
+    # mlx-lm's empty QuantizedKVCache sizes rows as D // (32 // bits) words, too many for some D
+    # (128 at 5 and 6 bits). Those are quantised after the first prefill step, which is right.
+    return D is None or D // (32 // bits) == D * bits // 32
+
+
+def check_kv_bits(model: Any, cache: list, bits: int, group_size: int, start: int):
+    """Whether --kv-bits can be honoured.
+
+    Raises:
+        UsageError: Bits or group size do not exist or do not fit, or the cache of this model
+            cannot be quantised.
+    """
+    if bits not in KV_BITS:
+        raise UsageError(f"kv-bits is {bits}, expected one of {', '.join(map(str, KV_BITS))}.")
+    if start < 0:
+        raise UsageError(f"quantized-kv-start is {start}, expected 0 or more.")
+    D = head_dim(model)
+    fitting = [g for g in GROUP_SIZES if D is None or D % g == 0]
+    if group_size not in fitting:
+        shown = " or ".join(map(str, fitting)) or "none that exists"
+        raise UsageError(
+            f"kv-group-size is {group_size}, but with a head_dim of {D} it can be {shown}.",
+            f"Add --kv-group-size {fitting[0]}." if fitting else "Leave --kv-bits out.",
+        )
+    args = getattr(model, "args", None)
+    if not getattr(args, "has_fa", True):
+        raise UsageError(
+            "kv-bits cannot be used: no head of this model keeps keys and values.",
+            "Leave --kv-bits out; the recurrent state stays float32.",
+        )
+    kinds = {type(c) for c in cache if hasattr(c, "offset") or hasattr(c, "caches")}
+    if not kinds or kinds - {KVCache, QuantizedKVCache}:
+        names = ", ".join(sorted(k.__name__ for k in kinds)) or "no keys and values"
+        raise UsageError(
+            f"kv-bits cannot be used: the cache of this model ({names}) cannot be quantised.",
+            "Leave --kv-bits out.",
+        )
+    for c in cache:
+        if isinstance(c, QuantizedKVCache) and (c.bits, c.group_size) != (bits, group_size):
+            raise UsageError(
+                f"kv-bits {bits} in groups of {group_size}, but the cache holds {c.bits} bits in "
+                f"groups of {c.group_size}.",
+                f"Use --kv-bits {c.bits} --kv-group-size {c.group_size}, or another cache.",
+            )

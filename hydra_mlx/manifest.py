@@ -1,0 +1,82 @@
+"""hydra_manifest.json: where a converted folder came from, and a checksum of every file."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from . import __version__
+from .errors import CheckpointError
+from .layouts import KeyReport
+
+MANIFEST = "hydra_manifest.json"
+BLOCK = 1 << 22
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def manifest(folder: Path, source: str, report: KeyReport) -> dict:
+    """The manifest of a finished folder.
+
+    Args:
+        source: Name of what it was made from; only its last part is kept.
+    """
+    files = {
+        p.name: {"bytes": p.stat().st_size, "sha256": file_digest(p)}
+        for p in sorted(folder.iterdir())
+        if p.is_file()
+    }
+    return {
+        "hydra_mlx_version": __version__,
+        "source": Path(source).name,
+        "keys": {
+            "mapped": len(report.mapped),
+            "dropped": report.dropped,
+            "missing": report.missing,
+            "unexpected": report.unexpected,
+        },
+        "files": files,
+    }
+
+
+def check_files(folder: Path, full: bool):
+    """Compare a folder with its manifest, if it has one.
+
+    Args:
+        full: Also compare checksums, which reads every byte.
+
+    Raises:
+        CheckpointError: A file is missing, has another size, or (full) other content.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    try:
+        files = json.loads(path.read_text("utf-8"))["files"]
+        wanted = {str(n): (int(f["bytes"]), str(f["sha256"])) for n, f in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(
+            f"{path}: not a valid manifest.", "Convert the model again."
+        ) from None
+    for name, (size, digest) in wanted.items():
+        file = folder / name
+        if "/" in name or not name.endswith(".safetensors"):
+            continue  # text files may be edited
+        if not file.is_file():
+            raise CheckpointError(f"{folder}: {name} is missing.", "Convert the model again.")
+        if file.stat().st_size != size:
+            raise CheckpointError(
+                f"{file}: {file.stat().st_size} bytes, expected {size}.",
+                "Convert the model again.",
+            )
+        if full and file_digest(file) != digest:
+            raise CheckpointError(
+                f"{file}: the content has changed since it was written.",
+                "Convert the model again.",
+            )

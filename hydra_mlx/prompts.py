@@ -1,0 +1,306 @@
+"""What the model is given to read: chat template, token ids, what a prompt cache has of it."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import cli
+from .errors import CheckpointError, UsageError
+from .text import count, first_line
+
+SAME = "the prompt ends where it ends, and the last token must be read again"
+# ChatML, which transformers used for every tokenizer without a template of its own.
+DEFAULT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+    "{% if not (continue_final_message and loop.last) %}{{ '<|im_end|>\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How a prompt becomes the text that the model reads.
+
+    Attributes:
+        template: Use the tokenizer's chat template when it has one.
+        default_template: Use ChatML when it has none.
+        system: System prompt. prefill: Beginning of the reply, put into the model's mouth.
+        config: Further variables of the template.
+    """
+
+    template: bool = True
+    default_template: bool = False
+    system: str | None = None
+    prefill: str | None = None
+    config: dict = field(default_factory=dict)
+
+    def active(self, tokenizer: Any) -> bool:
+        """Whether a template is used with this tokenizer.
+
+        Raises:
+            UsageError: Flags that need a template, and none is used.
+        """
+        active = self.template and (tokenizer.has_chat_template or self.default_template)
+        if not active:
+            given = {
+                "--system-prompt": self.system is not None,
+                "--prefill-response": self.prefill is not None,
+                "--chat-template-config": bool(self.config),
+            }
+            for name in (n for n, is_given in given.items() if is_given):
+                why = "--ignore-chat-template is given" if not self.template else "it has none"
+                raise UsageError(
+                    f"{name} needs the tokenizer's chat template, but {why}.",
+                    f"Write the text into the prompt and leave {name} out"
+                    + ("." if not self.template else ", or add --use-default-chat-template."),
+                )
+        return active
+
+
+def parse_template_config(text: str | None) -> dict:
+    """--chat-template-config as a dict.
+
+    Raises:
+        UsageError: Not a JSON object.
+    """
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"--chat-template-config is {text[:60]!r}, expected a JSON object.",
+            "For example: --chat-template-config '{\"enable_thinking\": false}'",
+        )
+    return value
+
+
+def chat_messages(prompt: str, options: ChatOptions, history: Sequence = ()) -> list:
+    """The conversation with a new user turn: [{"role": ..., "content": ...}, ...].
+
+    Raises:
+        UsageError: The conversation so far has another system prompt.
+    """
+    messages = [dict(m) for m in history]
+    if options.system is not None:
+        if not messages:
+            messages = [{"role": "system", "content": options.system}]
+        elif messages[0] != {"role": "system", "content": options.system}:
+            raise UsageError(
+                "--system-prompt differs from the one of the conversation in the prompt cache.",
+                "Leave it out, take another cache file, or start anew with "
+                "--prompt-cache-overwrite.",
+            )
+    return [*messages, {"role": "user", "content": prompt}]
+
+
+def render(tokenizer: Any, messages: list, options: ChatOptions, reply: bool = True) -> str:
+    """The text of a conversation, up to where the model's reply begins.
+
+    Args:
+        reply: End with the header of the reply; without it the text ends after the last turn.
+
+    Raises:
+        CheckpointError: The template fails. UsageError: It fails on this conversation.
+    """
+    prefill = options.prefill is not None and reply
+    if prefill:
+        messages = [*messages, {"role": "assistant", "content": options.prefill}]
+    settings = dict(options.config)
+    if not tokenizer.has_chat_template:
+        settings["chat_template"] = DEFAULT_TEMPLATE
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            continue_final_message=prefill,
+            add_generation_prompt=reply and not prefill,
+            **settings,
+        )
+    except Exception as e:  # a template may raise whatever it likes
+        raise UsageError(
+            f"The chat template fails: {first_line(e)}.",
+            "Check --chat-template-config, or use --ignore-chat-template.",
+        ) from e
+    if not isinstance(text, str):
+        raise CheckpointError("The chat template does not give text.")
+    return text
+
+
+def encode(tokenizer: Any, text: str, special: bool) -> list:
+    """Token ids; `special` lets the tokenizer add its begin-of-text token."""
+    return list(tokenizer.encode(text, add_special_tokens=special))
+
+
+def add_end_tokens(tokenizer: Any, tokens: Sequence):
+    """Make further tokens (text or id) end a reply.
+
+    Raises:
+        UsageError: One of them is not a token.
+    """
+    for token in tokens:
+        known = token.isdigit() and int(token) < len(tokenizer)
+        if not (known or token in tokenizer.get_vocab()):
+            raise UsageError(
+                f"--extra-eos-token {token!r} is not a token of this model's tokenizer.",
+                "For text of several tokens use --stop.",
+            )
+        tokenizer.add_eos_token(token)
+
+
+# ------------------------------------------------------------------------------------- request
+
+
+@dataclass
+class Request:
+    """One prompt, ready for the model.
+
+    Attributes:
+        text: What the model reads. cached: Ids in the prompt cache already. rest: Ids to read.
+        max_tokens: Longest reply. messages: The conversation with this turn; None for plain text.
+        stored: The prompt cache file as it was, or None. fingerprint: Of the model, once known.
+        kv_bits, kv_group_size: As asked, or as the prompt cache has them.
+    """
+
+    text: str
+    cached: list
+    rest: list
+    max_tokens: int
+    messages: list | None
+    stored: Any = None
+    fingerprint: str = ""
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+
+    def make_cache(self, model: Any) -> list:
+        """The cache to start from: the stored one or an empty one.
+
+        Raises:
+            CacheError: The stored one belongs to another model.
+        """
+        from mlx_lm.models.cache import make_prompt_cache
+
+        if self.stored is not None:
+            from .prompt_cache import check_model
+
+            check_model(self.stored, model)
+            self.fingerprint = self.stored.fingerprint
+        return self.stored.cache if self.cached else make_prompt_cache(model)
+
+    def save(
+        self,
+        path: str,
+        label: str,
+        model: Any,
+        tokenizer: Any,
+        cache: list,
+        tokens: list,
+        processed: int,
+        prefill: str,
+    ) -> int:
+        """Write the prompt cache after a run.
+
+        Args:
+            tokens: The reply's ids. processed: How many of `rest` were read. prefill: What the
+                reply was made to begin with.
+
+        Returns:
+            Tokens in the file; 0 when nothing was read and the file is as it was.
+
+        Raises:
+            CacheError: It cannot be written.
+        """
+        from .prompt_cache import StoredCache, fingerprint, save_cache
+
+        if processed == 0:
+            return 0
+        ids = [*self.cached, *self.rest[:processed], *tokens]
+        messages = self.messages
+        if processed < len(self.rest):  # interrupted: this turn has not happened yet
+            known = self.stored if self.cached else None
+            text, text_tokens = (known.text, known.text_tokens) if known else ("", 0)
+            if messages is not None:
+                messages = self.stored.messages if self.stored else []
+        else:
+            ended = bool(tokens) and tokens[-1] in tokenizer.eos_token_ids
+            # All of it, a stop string too: the conversation is what the model has read.
+            said = tokenizer.decode(tokens[:-1] if ended else tokens)
+            text = self.text + said + (tokenizer.decode(tokens[-1:]) if ended else "")
+            text_tokens = len(ids)
+            if messages is not None and self.max_tokens != 0:
+                messages = [*messages, {"role": "assistant", "content": prefill + said}]
+        stored = StoredCache(
+            cache, ids, text, text_tokens, messages, self.fingerprint or fingerprint(model), label
+        )
+        save_cache(path, stored)
+        return len(ids)
+
+
+def plan(
+    args: Any, prompt: str, chat: ChatOptions, tokenizer: Any, config: dict, note: Callable
+) -> Request:
+    """Render and encode a prompt, match it with the prompt cache, check lengths; no weights yet.
+
+    Args:
+        args: Parsed flags of generate. config: The model's config.json. note: Prints a line.
+
+    Raises:
+        UsageError, CacheError: The prompt does not fit the file, or --max-context.
+    """
+    from .prompt_cache import open_cache
+
+    active = chat.active(tokenizer)
+    stored = open_cache(args, active)
+    messages = None
+    if active:
+        messages = chat_messages(prompt, chat, stored.messages if stored else ())
+        prompt = render(tokenizer, messages, chat, args.max_tokens != 0)
+    bos = tokenizer.bos_token
+    ids = encode(tokenizer, prompt, not active and not (bos and prompt.startswith(bos)))
+    held = 0
+    if stored is not None:
+        ids, held, why = stored.match(prompt, ids, lambda rest: encode(tokenizer, rest, False))
+        has = f"{stored.path} holds {count(len(stored.tokens), 'token')}"
+        if held:
+            note(f"{has}; {count(len(ids) - held, 'token')} to read.")
+        elif active or why == SAME:
+            why = why if why == SAME else "the chat template renders the earlier turns differently"
+            cli.say(f"{has}, 0 of them can be reused: {why}. Reading all {len(ids):,} again.")
+        else:
+            raise UsageError(
+                f"{has}, but the prompt does not begin with the text they stand for.",
+                "Take another file, or --prompt-cache-overwrite to give up what is in it.",
+            )
+    limit = config.get("max_position_embeddings")
+    if isinstance(limit, int) and len(ids) > limit:
+        note(f"The prompt has {len(ids):,} tokens, more than the {limit:,} this model is made for.")
+    request = Request(prompt, ids[:held], ids[held:], args.max_tokens, messages, stored)
+    request.max_tokens = fit_context(len(ids), args.max_tokens, args.max_context)
+    quantised = [c for c in stored.cache if hasattr(c, "bits")] if stored else []
+    request.kv_bits, request.kv_group_size = args.kv_bits, args.kv_group_size or 64
+    if quantised and args.kv_bits is None:
+        request.kv_bits, request.kv_group_size = quantised[0].bits, quantised[0].group_size
+        note(f"{stored.path} holds keys and values in {request.kv_bits} bits; keeping to that.")
+    return request
+
+
+def fit_context(prompt_tokens: int, max_tokens: int, max_context: int | None) -> int:
+    """max_tokens within --max-context.
+
+    Raises:
+        UsageError: Prompt and reply do not fit.
+    """
+    if max_context is None:
+        return max_tokens
+    least = 1 if max_tokens == -1 else max_tokens
+    if prompt_tokens + least > max_context:
+        reply = "a reply" if max_tokens == -1 else f"--max-tokens {max_tokens}"
+        raise UsageError(
+            f"The prompt has {prompt_tokens} tokens; with {reply} that exceeds --max-context "
+            f"{max_context}.",
+            "Shorten the prompt, lower --max-tokens or raise --max-context.",
+        )
+    return max_context - prompt_tokens if max_tokens == -1 else max_tokens
