@@ -148,11 +148,13 @@ def progress(label: str, enabled: bool = True, unit: str = "") -> Iterator[Calla
         *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
     )
     task = live.add_task(label, total=1)
+
+    def bar(label: str, done: int, total: int):
+        live.update(task, description=label, completed=done, total=total)
+        live.start()  # only now the total is known; starting it again does nothing
+
     try:
-        live.start()
-        yield lambda label, done, total: live.update(
-            task, description=label, completed=done, total=total
-        )
+        yield bar
     finally:
         live.stop()
 

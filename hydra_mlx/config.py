@@ -37,7 +37,7 @@ IGNORED_KEYS = frozenset(
     rope_parameters layer_types sliding_window use_sliding_window max_window_layers
     is_llama_config transformers.js_config _name_or_path name_or_path mlp_bias rope_traditional
     auto_map hydra_mlx_version hydra_source id2label label2id return_dict problem_type
-    output_hidden_states output_attentions chunk_size_feed_forward is_encoder_decoder
+    quantize_activations output_hidden_states output_attentions chunk_size_feed_forward is_encoder_decoder
     tokenizer_class task_specific_params""".split()
 )
 

@@ -284,12 +284,8 @@ def reply(
         if tokens:
             out.write("\n")
         if part.finish_reason == "interrupt" and not out.broken:
-            note(
-                f"Interrupted after {count(timings.generated_tokens, 'token')}"
-                if tokens
-                else f"Interrupted after {timings.processed_tokens:,} of "
-                f"{count(len(request.rest), 'prompt token')}"
-            )
+            done = f"{timings.processed_tokens:,} of {count(len(request.rest), 'prompt token')}"
+            note(f"Interrupted after {count(len(tokens), 'token') if tokens else done}.")
         if args.kv_bits and not any(hasattr(c, "bits") for c in cache):
             cli.say(
                 f"--kv-bits {args.kv_bits} had no effect: --quantized-kv-start was not reached."

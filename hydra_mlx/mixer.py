@@ -229,7 +229,8 @@ class SpecMixer(Mixer):
 class FusedRows:
     """Row blocks of the fused input projection, in order; each is a number of rows.
 
-    la_qkv 3*Hl*D (q, k, v), la_gate Hl*D or 0, fa_q Hf*D, fa_k and fa_v Hk*D, fa_gate Hf*D, Hf or 0.
+    la_qkv 3*Hl*D (q, k, v), la_gate Hl*D or 0, fa_q Hf*D, fa_k and fa_v Hk*D each, fa_gate Hf*D,
+    Hf or 0.
     """
 
     la_qkv: int

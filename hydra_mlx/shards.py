@@ -143,7 +143,7 @@ def read_headers(folder: Path) -> dict:
         gone = [n for n in wanted if not (folder / n).is_file()]
         if gone:
             raise CheckpointError(
-                f"{folder}: {len(gone)} of {len(wanted)} shards are missing, the first is {gone[0]}.",
+                f"{folder}: {len(gone)} of {len(wanted)} shards are missing, first {gone[0]}.",
                 "Download the checkpoint again.",
             )
         files = [folder / n for n in wanted]

@@ -29,7 +29,7 @@ STEPS_AT_MOST = 4  # up to here token-by-token is the smaller graph
 
 @cache
 def _merge_masks(C: int) -> list:
-    """Masks [C, C] of the lower-left blocks that each merge of b-row blocks fills, b = 1, 2, 4..."""
+    """Masks [C, C] of the lower-left blocks that the merges of b-row blocks fill, b = 1, 2, 4."""
     i, j = np.arange(C)[:, None], np.arange(C)[None]
     masks, b = [], 1
     while b < C:
