@@ -10,16 +10,16 @@ import argparse
 import sys
 from pathlib import Path
 
-import mlx.core as mx
-from mlx_lm.models import llama
-from mlx_lm.models.cache import make_prompt_cache
-
 import hydra_mlx
 from hydra_mlx import default_model
 from hydra_mlx.fetch import fetch_default_source
 from hydra_mlx.layouts import base_shapes
 from hydra_mlx.sources import open_source
 from hydra_mlx.tensors import to_float
+
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.models.cache import make_prompt_cache
 
 PROMPTS = (
     "What is gravity?",

@@ -13,12 +13,11 @@ import statistics
 import sys
 import time
 
-import mlx.core as mx
-from mlx_lm.models.gated_delta import gated_delta_ops
-
-import hydra_mlx  # noqa: F401  (before mlx: it chooses the BLAS library)
 from hydra_mlx import blas
 from hydra_mlx.ops import gated_delta
+
+import mlx.core as mx
+from mlx_lm.models.gated_delta import gated_delta_ops
 
 
 def measure(f, runs: int) -> tuple:

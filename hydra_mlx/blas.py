@@ -13,6 +13,7 @@ NAMES = ("libopenblas.so.0", "libopenblas.so")
 APT_PACKAGE = "libopenblas0-pthread"
 
 _loaded: str | None = None
+_late = False
 
 
 def preload() -> str | None:
@@ -22,9 +23,12 @@ def preload() -> str | None:
         The library's name, or None where it is absent, not needed (not Linux), switched off, or
         too late (mlx.core is imported already).
     """
-    global _loaded
-    if _loaded or not sys.platform.startswith("linux") or "mlx.core" in sys.modules:
+    global _loaded, _late
+    if _loaded or not sys.platform.startswith("linux"):
         return _loaded
+    if "mlx.core" in sys.modules:
+        _late = True
+        return None
     if os.environ.get("HYDRA_BLAS", "auto") == "off":
         return None
     for name in NAMES:
@@ -43,4 +47,6 @@ def in_use() -> str:
         return "Accelerate"
     if _loaded:
         return f"OpenBLAS ({_loaded})"
+    if _late:
+        return "reference BLAS (slow; import hydra_mlx before mlx to use OpenBLAS)"
     return "reference BLAS (slow; `apt install " + APT_PACKAGE + "` makes it about 30x faster)"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import hydra_mlx  # noqa: F401  (before mlx: it chooses the BLAS library)
+
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten, tree_map_with_path

@@ -8,10 +8,10 @@ import time
 import zipfile
 from pathlib import Path
 
-import pytest
-
 from hydra_mlx import fetch
 from hydra_mlx.errors import UsageError
+
+import pytest
 
 MEMBER, CONTENT = "pack/model.gguf", b"GGUF" + bytes(range(256)) * 5000
 SHA = hashlib.sha256(CONTENT).hexdigest()

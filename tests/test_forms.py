@@ -4,14 +4,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from hydra_mlx.config import HydraArgs
+from hydra_mlx.forms import fuse_layer, migrate_layer, unfuse_layer
+from hydra_mlx.model import Model
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-
-from hydra_mlx.config import HydraArgs
-from hydra_mlx.forms import fuse_layer, migrate_layer, unfuse_layer
-from hydra_mlx.model import Model
 
 from .golden import weights as gold
 from .tolerance import REL_RMS, assert_close

@@ -3,14 +3,14 @@
 import json
 import struct
 
-import mlx.core as mx
-import numpy as np
-import pytest
-
 from hydra_mlx import gguf as G
 from hydra_mlx import gguf_llama as L
 from hydra_mlx.errors import CheckpointError
 from hydra_mlx.gguf_tokenizer import write_tokenizer
+
+import mlx.core as mx
+import numpy as np
+import pytest
 
 IDS = {name: kind for kind, (name, _, _) in G.TYPES.items()}
 SIZES = {name: (block, size) for name, block, size in G.TYPES.values()}

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-import pytest
-
 from hydra_mlx import reference
 from hydra_mlx.config import HydraArgs
 from hydra_mlx.model import Model
 from hydra_mlx.ops import gated_delta
+
+import mlx.core as mx
+import numpy as np
+import pytest
 
 from .golden import weights as gold
 from .tolerance import LOGITS_FLOAT32, REL_RMS, STATE, assert_close

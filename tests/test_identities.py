@@ -3,6 +3,13 @@
 import copy
 from dataclasses import replace
 
+import hydra_mlx  # noqa: F401  (before mlx)
+from hydra_mlx.cache import cache_bytes, kv_bytes_per_token, quantise_cache, state_bytes
+from hydra_mlx.config import HydraArgs
+from hydra_mlx.forms import fuse_layer
+from hydra_mlx.model import Model
+from hydra_mlx.reference import forward
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,13 +19,6 @@ from mlx_lm.models.cache import (
     load_prompt_cache,
     save_prompt_cache,
 )
-
-import hydra_mlx  # noqa: F401  (before mlx)
-from hydra_mlx.cache import cache_bytes, kv_bytes_per_token, quantise_cache, state_bytes
-from hydra_mlx.config import HydraArgs
-from hydra_mlx.forms import fuse_layer
-from hydra_mlx.model import Model
-from hydra_mlx.reference import forward
 
 from .golden import weights as gold
 from .test_forms import map_layers
@@ -244,10 +244,10 @@ def test_every_head_full_attention_is_the_base_model(kind, groups, form):
     """Logit for logit mlx_lm's own Llama and Qwen3, on the same random weights."""
     import importlib
 
-    from mlx.utils import tree_flatten
-
     from hydra_mlx.forms import migrate_layer
     from hydra_mlx.sources import IDENTITY
+
+    from mlx.utils import tree_flatten
 
     module = importlib.import_module(f"mlx_lm.models.{kind}")
     H, kv = 6, 6 // groups

@@ -9,12 +9,12 @@ import time
 import urllib.request
 from pathlib import Path
 
+import hydra_mlx
+from hydra_mlx.convert import main as convert
+
 import mlx.core as mx
 import numpy as np
 import pytest
-
-import hydra_mlx
-from hydra_mlx.convert import main as convert
 
 PROMPT = "Once upon a time"
 
@@ -130,9 +130,10 @@ def test_perplexity(folder, capsys):
     ppl, error = eval_ppl(model, tokens, batch_size=2)
     logits = np.array(hydra_mlx.load_model(folder)(tokens[:, :-1]), np.float64)
     shifted = logits - logits.max(-1, keepdims=True)
-    losses = np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(
-        shifted, np.array(tokens)[:, 1:, None], -1
-    )[..., 0]
+    losses = (
+        np.log(np.exp(shifted).sum(-1))
+        - np.take_along_axis(shifted, np.array(tokens)[:, 1:, None], -1)[..., 0]
+    )
     assert abs(np.log(ppl) - losses.mean()) < 1e-3 and error > 0
 
 

@@ -2,12 +2,12 @@
 
 import math
 
+from hydra_mlx import ops, reference
+from hydra_mlx.ops.delta import unit_lower_inverse
+
 import mlx.core as mx
 import numpy as np
 import pytest
-
-from hydra_mlx import ops, reference
-from hydra_mlx.ops.delta import unit_lower_inverse
 
 from .tolerance import REL_RMS, STATE, assert_close, rel_rms, to_numpy
 
