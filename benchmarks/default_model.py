@@ -13,7 +13,6 @@ from pathlib import Path
 import hydra_mlx
 from hydra_mlx import default_model
 from hydra_mlx.fetch import fetch_default_source
-from hydra_mlx.layouts import base_shapes
 from hydra_mlx.sources import open_source
 from hydra_mlx.tensors import to_float
 
@@ -32,7 +31,7 @@ def stock_llama(source_path: Path):
     """mlx_lm's Llama with the source's weights in float32."""
     source = open_source(source_path, "identity")
     model = llama.Model(llama.ModelArgs.from_dict(source.config))
-    weights = [(n, to_float(source.get(n))) for n in base_shapes(source.args)]
+    weights = [(n, to_float(source.get(n))) for n in source.names("")]
     model.load_weights(weights, strict=True)
     return model
 

@@ -110,8 +110,9 @@ def make_job(args: argparse.Namespace):
         HydraError: Flags that contradict each other, or a source that cannot be read.
     """
     from .converter import Job
+    from .layouts import model_shapes
     from .loading import DTYPES, resolve_path
-    from .quantise import make_plan
+    from .quantise import make_plan, require_effect
     from .sources import open_source
 
     back = args.to_hf is not None
@@ -161,6 +162,8 @@ def make_job(args: argparse.Namespace):
         )
     form = "spec" if args.no_fuse or back else "fused"
     job = Job(source, form, quant, args.dtype, args.seed or 0, shard_bytes, back)
+    if quant is not None:
+        require_effect(quant, model_shapes(job.args))
     target = Path(args.to_hf if back else args.mlx_path or DEFAULT_OUT).expanduser()
     return job, target
 

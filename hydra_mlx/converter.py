@@ -5,6 +5,7 @@ target, which is renamed at the end; a killed conversion leaves the target as it
 """
 
 import fcntl
+import glob
 import json
 import math
 import os
@@ -27,13 +28,14 @@ from .layouts import LAYER, model_shapes
 from .loading import DTYPES, memory_bytes
 from .manifest import MANIFEST, manifest
 from .model import FLOAT32_NAMES
-from .quantise import QuantPlan, packed_bytes, quantise_matrix
+from .quantise import QuantPlan, quantise_matrix
 from .registry import SHIM, SHIM_NAME
-from .shards import FLOATS, ShardWriter
-from .sources import TOKEN_KEYS, GGUFSource, Source
+from .shards import ShardWriter
+from .sources import TOKEN_KEYS, Source, blank
 from .tensors import Packed, to_float
 
 GIB = 1 << 30
+GATES = {"ab_proj", "a_proj", "b_proj"}  # float16 has too few digits near gate 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Job:
         source: An opened checkpoint. form: "fused" or "spec", the form to write.
         quant: How to quantise, or None. dtype: Of unquantised tensors, or None to keep the
             source's. keep_packed: Pass the source's own quantisation through (used when neither
-            quant nor dtype is given). seed: Of tensors that a migration adds.
+            quant nor dtype is given). seed: Of tensors that a migration adds; None makes them zero.
         shard_bytes: Most bytes of an output shard. for_hf: Write the spec layout for others:
             PyTorch metadata and no MLX extras.
     """
@@ -53,7 +55,7 @@ class Job:
     form: str
     quant: QuantPlan | None
     dtype: str | None
-    seed: int
+    seed: int | None
     shard_bytes: int
     for_hf: bool = False
 
@@ -99,6 +101,8 @@ def finish(job: Job, name: str, x: Any) -> tuple:
     """
     stem = name.removesuffix(".weight")
     params = None
+    if isinstance(x, Packed) and not (job.keep_packed or job.quant):
+        x = to_float(x)
     if job.quant is not None and len(x.shape) == 2 and stem != name:
         params = job.quant.params(stem, x.shape[1])
     if params is not None:
@@ -112,7 +116,7 @@ def finish(job: Job, name: str, x: Any) -> tuple:
     if keep:
         x = x.astype(mx.float32)
     elif job.dtype is not None:
-        small = job.dtype == "float16" and "ab_proj" in name
+        small = job.dtype == "float16" and not GATES.isdisjoint(name.split("."))
         x = x.astype(mx.float32 if small else DTYPES[job.dtype])
     return {name: x}, None
 
@@ -128,13 +132,27 @@ def _units(job: Job):
     yield "output", {n: source.get(n) for n in top if "embed_tokens" not in n}
 
 
-def _checked(arrays: dict):
-    """Refuse weights that are not numbers: a damaged source must not become a model."""
-    for name, x in arrays.items():
-        if mx.issubdtype(x.dtype, mx.floating) and not mx.isfinite(x).all().item():
-            raise CheckpointError(
-                f"{name} holds NaN or infinity.", "The source is damaged; fetch it again."
-            )
+def _finite(x: Any) -> bool:
+    if isinstance(x, Packed):
+        if x.mode != "affine":  # its scales are bytes, one of which stands for NaN
+            return _finite(to_float(x))
+        return _finite(x.scales) and _finite(x.biases)
+    return not mx.issubdtype(x.dtype, mx.floating) or mx.isfinite(x).all().item()
+
+
+def _checked(job: Job, name: str, x: Any) -> tuple:
+    """finish, but refuse weights that are not numbers: a damaged source must not become a model.
+
+    Asked before rounding too, because quantising would hide a NaN.
+    """
+    if not _finite(x):
+        raise CheckpointError(
+            f"{name} holds NaN or infinity.", "The source is damaged; fetch it again."
+        )
+    arrays, params = finish(job, name, x)
+    if job.dtype == "float16" and not all(_finite(a) for a in arrays.values()):
+        raise CheckpointError(f"{name} is too large for float16.", "Use --dtype bfloat16.")
+    return arrays, params
 
 
 def write_model(job: Job, folder: Path, progress: Callable[[str, int, int], None]) -> dict:
@@ -151,14 +169,10 @@ def write_model(job: Job, folder: Path, progress: Callable[[str, int, int], None
     quantised: dict = {}
     for done, (label, tensors) in enumerate(_units(job)):
         for name in list(tensors):
-            x = tensors.pop(name)
-            if isinstance(x, Packed) and not (job.keep_packed or job.quant):
-                x = to_float(x)
-            arrays, params = finish(job, name, x)
+            arrays, params = _checked(job, name, tensors.pop(name))
             if params:
                 quantised[name.removesuffix(".weight")] = params
             writer.add(arrays)
-            _checked(arrays)
         progress(label, done + 1, total)
     writer.close()
     config = output_config(job, quantised)
@@ -217,28 +231,15 @@ class Plan:
 
 def plan(job: Job, target: Path) -> Plan:
     """Work the figures of a job out from headers alone; reads no weight, writes nothing."""
-    shapes = model_shapes(job.args)
-    itemsize = DTYPES[job.dtype or _source_dtype(job.source)].size
-    weights = parameters = 0
-    layers: dict = {}
-    for name, shape in shapes.items():
-        count = math.prod(shape)
-        stem = name.removesuffix(".weight")
-        params = None
-        if job.quant is not None and len(shape) == 2 and stem != name:
-            params = job.quant.params(stem, shape[1])
-        parameters += count
-        weights += packed_bytes(*shape, params, itemsize) if params else count * itemsize
-        key = name.split(".")[2] if ".layers." in name else name
-        layers[key] = layers.get(key, 0) + count
-    if job.keep_packed and isinstance(job.source, GGUFSource):
-        # Passed through as it is; new and repeated rows are counted at the same density.
-        infos = job.source.infos.values()
-        logical = sum(math.prod(i.shape) for i in infos if i.dtype in FLOATS)
-        weights = sum(i.nbytes for i in infos) * parameters // max(logical, 1)
-    # The largest piece as read, once more in float32 while it is folded or quantised.
-    piece = max(layers.values())
-    memory = piece * (itemsize + 4) + min(job.shard_bytes, weights) + GIB // 4
+    weights = piece = 0
+    for _, tensors in _units(replace(job, source=blank(job.source), seed=None)):
+        # The piece as read, once more in float32 while it is folded or quantised.
+        read = sum(x.nbytes + 4 * math.prod(x.shape) for x in tensors.values())
+        piece = max(piece, read)
+        for name, x in tensors.items():
+            weights += sum(a.nbytes for a in finish(job, name, x)[0].values())
+    parameters = sum(math.prod(shape) for shape in model_shapes(job.args).values())
+    memory = piece + min(job.shard_bytes, weights) + GIB // 4
     parent = next(p for p in [target.absolute(), *target.absolute().parents] if p.exists())
     return Plan(
         parameters,
@@ -286,26 +287,23 @@ def run(
         UsageError: The target exists and overwrite is false, or there is no room.
         CheckpointError: The source is damaged.
     """
+    # Links, "." and ".." first: the name beside which everything happens must be a real one.
+    target = target.resolve()
     with _locked(target):
         return _run(job, target, overwrite, progress, check)
 
 
 def _run(job: Job, target: Path, overwrite: bool, progress, check) -> Path:
     recover(target)
-    if target.exists() and not overwrite:
-        raise UsageError(
-            f"{target} exists already.", "Choose another --mlx-path, or add --overwrite."
-        )
-    if target.exists() and target.resolve() == job.source.path.resolve():
-        raise UsageError("Source and target are the same folder; choose another --mlx-path.")
+    _check_target(job, target, overwrite)
     require_room(plan(job, target))
     try:
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     except OSError as e:
         raise UsageError(f"Cannot write beside {target}: {e.strerror or e}.") from None
     try:
+        job.source.write_tokenizer(partial)  # first: it is quick, and may be broken
         write_model(job, partial, progress)
-        job.source.write_tokenizer(partial)
         if not job.for_hf:
             (partial / SHIM_NAME).write_text(SHIM, "utf-8")
             data = manifest(partial, str(job.source.path), job.source.report)
@@ -320,6 +318,21 @@ def _run(job: Job, target: Path, overwrite: bool, progress, check) -> Path:
     return target
 
 
+def _check_target(job: Job, target: Path, overwrite: bool):
+    """Refuse a target that must not be written to or, with --overwrite, deleted."""
+    source = job.source.path.resolve()
+    if target == source:
+        raise UsageError("Source and target are the same; choose another target.")
+    if not target.exists():
+        return
+    if target in source.parents:
+        raise UsageError(f"The source lies inside {target}; choose another target.")
+    if not overwrite:
+        raise UsageError(f"{target} exists already.", "Choose another target, or add --overwrite.")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
+        raise UsageError(f"{target} is not a model folder; --overwrite does not delete it.")
+
+
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """Keep a second conversion away from the same target; the lock dies with its process."""
@@ -332,6 +345,9 @@ def _locked(target: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # One that ended since we opened the file has unlinked it: then it guards nothing.
+            if os.fstat(fd).st_ino != path.stat().st_ino:
+                raise OSError
         except OSError:
             raise UsageError(f"Another conversion to {target} is running.") from None
         try:
@@ -352,18 +368,26 @@ def recover(target: Path):
     old = _old(target)
     if old.exists():
         if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            _discard(old, target)
         else:
             old.rename(target)
-    for partial in target.parent.glob(f".{target.name}.partial-*"):
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _discard(old: Path, target: Path):
+    """Delete a replaced model, under a name that `recover` never gives back: a kill may leave
+    half of it."""
+    doomed = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    old.rename(doomed / "old")
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _put_in_place(partial: Path, target: Path):
     if target.exists():
         target.rename(_old(target))
         partial.rename(target)
-        shutil.rmtree(_old(target), ignore_errors=True)
+        _discard(_old(target), target)
     else:
         partial.rename(target)
 

@@ -44,12 +44,11 @@ def ensure(log: Callable, cache_dir: Path | None = None) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.parent / f".{target.name}.lock", log):
+        with _locked(target.parent / f".{target.name}.preparing", log):
             if (target / "config.json").is_file():
                 return target
-            log(f"No --model is given; getting {NAME}, a small model to try things with.")
+            log(f"No --model is given; getting {NAME}, a small model to try things with (once).")
             source = fetch.fetch_default_source(log, cache_dir)
-            log(f"Converting it to {target} (once).")
             from .convert import convert_default
 
             convert_default(source, target, log)

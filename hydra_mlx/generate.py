@@ -1,8 +1,7 @@
 """hydra-mlx generate: answer one prompt. The reply goes to stdout, all else to stderr.
 
-hydra-mlx generate "Why is the sky blue?"
 hydra-mlx generate --model DIR @report.txt "Summarise this."
-cat report.txt | hydra-mlx generate --model DIR "Summarise this."
+cat report.txt | hydra-mlx generate "Summarise this."
 """
 
 import argparse
@@ -15,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import cli, prompts, sampling
+from . import cli, prompts, sampling, stats
 from .errors import CheckpointError, UsageError
 from .text import count, first_line, read_prompt
 
@@ -49,7 +48,6 @@ sys.modules[__name__].__class__ = _CallableModule
 def build_parser() -> cli.Parser:
     """The flags; mlx_lm.generate's names where it has one."""
     p = cli.parser("generate", __doc__, EPILOG)
-    whole = cli.number(int, 0)
     p.add_argument("prompt", nargs="*", help="the prompt, in quotes; @FILE; -")
     p.add_argument("--prompt", "-p", dest="prompt_flag", metavar="TEXT", help="the prompt")
     p.add_argument(
@@ -115,7 +113,7 @@ def build_parser() -> cli.Parser:
     cache.add_argument("--kv-group-size", type=int, metavar="N", help="32, 64 or 128 (default 64)")
     cache.add_argument(
         "--quantized-kv-start",
-        type=whole,
+        type=cli.number(int, 0),
         metavar="N",
         help="full precision until there are N tokens (default 0)",
     )
@@ -126,17 +124,7 @@ def build_parser() -> cli.Parser:
         metavar="N",
         help="prompt tokens at a time; smaller needs less memory (default 2048)",
     )
-    out = p.add_argument_group("output")
-    out.add_argument(
-        "--stats", choices=("off", "text", "json"), help="figures on stderr (default off)"
-    )
-    out.add_argument("--quiet", action="store_true", help="no notes and no progress bar")
-    out.add_argument(
-        "--verbose",
-        choices=("True", "T", "true", "t", "False", "F", "false", "f"),
-        help="as in mlx_lm: True is --stats text, False is --quiet",
-    )
-    out.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    stats.add_flags(p)
     for flags, reason in _REFUSED.items():
         p.add_argument(*flags.split(), action=cli.Refuse, reason=reason)
     return p
@@ -158,12 +146,7 @@ def check_flags(args: argparse.Namespace):
     Raises:
         UsageError: The first such flag.
     """
-    if args.verbose is not None:
-        talk = args.verbose[0] in "Tt"
-        if args.stats is not None or (talk and args.quiet):
-            raise UsageError("--verbose contradicts --stats or --quiet.", "Leave --verbose out.")
-        args.stats, args.quiet = ("text", args.quiet) if talk else ("off", True)
-    args.stats = args.stats or "off"
+    stats.resolve(args)
     for name in ("kv_group_size", "quantized_kv_start"):
         if getattr(args, name) is not None and args.kv_bits is None:
             raise UsageError(f"{sampling.flag(name)} has no effect without --kv-bits.")
@@ -246,19 +229,16 @@ def reply(
 ) -> int:
     """Generate, print, save the prompt cache, print the figures; returns the exit code."""
     from .generation import stream_generate
-    from .stats import backend
 
-    vocab = sampling.vocab_size(model)
-    if vocab is not None:
-        options.check_vocab(vocab)
+    if sampling.vocab_size(model) is not None:
+        options.check_vocab(sampling.vocab_size(model))
     cache = request.make_cache(model)
     sampler, processors = options.make(tokenizer)
     seed = options.apply_seed()
     out, tokens = cli.Reply(), []
-    with cli.Interrupt() as interrupt, contextlib.ExitStack() as bar_stack:
-        bar = bar_stack.enter_context(
-            cli.progress("prompt", not args.quiet and len(request.rest) > 512, "tokens")
-        )
+    show = not args.quiet and len(request.rest) > 512
+    with cli.Interrupt() as interrupt, contextlib.ExitStack() as stack:
+        bar = stack.enter_context(cli.progress("prompt", show, "tokens"))
         for part in stream_generate(
             model,
             tokenizer,
@@ -276,7 +256,7 @@ def reply(
             should_stop=lambda: interrupt() or out.broken,
             cached_tokens=request.cached,
         ):
-            bar_stack.close()
+            stack.close()
             if part.token is not None:
                 tokens.append(part.token)
             out.write(part.text)
@@ -287,9 +267,7 @@ def reply(
             done = f"{timings.processed_tokens:,} of {count(len(request.rest), 'prompt token')}"
             note(f"Interrupted after {count(len(tokens), 'token') if tokens else done}.")
         if args.kv_bits and not any(hasattr(c, "bits") for c in cache):
-            cli.say(
-                f"--kv-bits {args.kv_bits} had no effect: --quantized-kv-start was not reached."
-            )
+            cli.say("--kv-bits had no effect: --quantized-kv-start was not reached.")
         if args.prompt_cache is not None and not args.prompt_cache_ro:
             n = request.save(
                 args.prompt_cache,
@@ -303,11 +281,10 @@ def reply(
             )
             note(f"{args.prompt_cache} holds {count(n, 'token')}." if n else "Nothing to save.")
     if args.stats != "off":
-        device, blas = backend()
+        device, blas = stats.backend()
         weights = getattr(model, "load_report", None) and model.load_report.weights
-        timings = replace(
-            timings, load_s=load_s, device=device, blas=blas, weights=weights, seed=seed
-        )
+        known = {"load_s": load_s, "device": device, "blas": blas, "weights": weights}
+        timings = replace(timings, **known, seed=seed)
         cli.say(timings.as_json() if args.stats == "json" else timings.as_text())
     if out.broken:
         return cli.BROKEN_PIPE

@@ -1,8 +1,7 @@
 """The reply, token by token: mlx-lm's loop with stop strings, interrupts and checked arguments.
 
-What stream_generate promises about the cache: when it ends, for whatever reason, the cache holds
-exactly the prompt and the tokens that were yielded. Only an interrupt during the prompt leaves
-less: whole prefill steps of it, Timings.processed_tokens tokens.
+However stream_generate ends, the cache holds the prompt and the tokens yielded, no more; after an
+interrupt during the prompt its first Timings.processed_tokens tokens.
 """
 
 import contextlib
@@ -24,8 +23,7 @@ from .sampling import prompt_ids
 from .stats import Timings
 from .text import StopMatcher
 
-KV_BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)  # what mx.quantize offers
+KV_BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what mx.quantize offers
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,8 @@ def stream_generate(
     return run.parts(steps, max_tokens, model)
 
 
-def _looking_back(processor: Callable, before: mx.array) -> Callable:
-    return lambda tokens, logits: processor(mx.concatenate([before, tokens]), logits)
+def _looking_back(process: Callable, before: mx.array) -> Callable:
+    return lambda tokens, logits: process(mx.concatenate([before, tokens]), logits)
 
 
 class _Run:
@@ -190,7 +188,6 @@ class _Run:
             self.last = now
 
     def timings(self, reason: str) -> Timings:
-        """The figures as they stand."""
         prompt_s = None if self.first is None else self.first - self.start
         reply_s = None if self.generated < 2 else self.last - self.first
         kv, state = caches.cache_bytes(self.cache)

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import cli
-from .errors import CheckpointError, UsageError
+from .errors import UsageError
 from .text import count, first_line
 
 SAME = "the prompt ends where it ends, and the last token must be read again"
-# ChatML, which transformers used for every tokenizer without a template of its own.
+# ChatML: what transformers once used for a tokenizer without a template of its own.
 DEFAULT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
     "{% if not (continue_final_message and loop.last) %}{{ '<|im_end|>\\n' }}{% endif %}"
@@ -98,13 +98,13 @@ def chat_messages(prompt: str, options: ChatOptions, history: Sequence = ()) -> 
 
 
 def render(tokenizer: Any, messages: list, options: ChatOptions, reply: bool = True) -> str:
-    """The text of a conversation, up to where the model's reply begins.
+    """The text of a conversation.
 
     Args:
         reply: End with the header of the reply; without it the text ends after the last turn.
 
     Raises:
-        CheckpointError: The template fails. UsageError: It fails on this conversation.
+        UsageError: The template fails on this conversation.
     """
     prefill = options.prefill is not None and reply
     if prefill:
@@ -125,8 +125,6 @@ def render(tokenizer: Any, messages: list, options: ChatOptions, reply: bool = T
             f"The chat template fails: {first_line(e)}.",
             "Check --chat-template-config, or use --ignore-chat-template.",
         ) from e
-    if not isinstance(text, str):
-        raise CheckpointError("The chat template does not give text.")
     return text
 
 
@@ -149,9 +147,6 @@ def add_end_tokens(tokenizer: Any, tokens: Sequence):
                 "For text of several tokens use --stop.",
             )
         tokenizer.add_eos_token(token)
-
-
-# ------------------------------------------------------------------------------------- request
 
 
 @dataclass
@@ -208,7 +203,7 @@ class Request:
                 reply was made to begin with.
 
         Returns:
-            Tokens in the file; 0 when nothing was read and the file is as it was.
+            Tokens in the file; 0 when nothing was read and it is as it was.
 
         Raises:
             CacheError: It cannot be written.
@@ -297,10 +292,9 @@ def fit_context(prompt_tokens: int, max_tokens: int, max_context: int | None) ->
         return max_tokens
     least = 1 if max_tokens == -1 else max_tokens
     if prompt_tokens + least > max_context:
-        reply = "a reply" if max_tokens == -1 else f"--max-tokens {max_tokens}"
+        ask = "a reply" if max_tokens == -1 else f"--max-tokens {max_tokens}"
         raise UsageError(
-            f"The prompt has {prompt_tokens} tokens; with {reply} that exceeds --max-context "
-            f"{max_context}.",
+            f"The prompt has {prompt_tokens} tokens; with {ask} over --max-context {max_context}.",
             "Shorten the prompt, lower --max-tokens or raise --max-context.",
         )
     return max_context - prompt_tokens if max_tokens == -1 else max_tokens

@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from . import blas, text
+from .errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,32 @@ def backend() -> tuple:
         return "cpu", blas.in_use()
     name = mx.device_info().get("device_name") or mx.device_info().get("architecture", "")
     return f"gpu {name}".strip(), None
+
+
+def add_flags(parser: Any):
+    """The output flags of a program that generates."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--stats", choices=("off", "text", "json"), help="figures on stderr (default off)"
+    )
+    group.add_argument("--quiet", action="store_true", help="no notes and no progress bar")
+    group.add_argument(
+        "--verbose",
+        choices=("True", "T", "true", "t", "False", "F", "false", "f"),
+        help="as in mlx_lm: True is --stats text, False is --quiet",
+    )
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def resolve(args: Any):
+    """Turn --verbose into --stats and --quiet.
+
+    Raises:
+        UsageError: They contradict each other.
+    """
+    if args.verbose is not None:
+        talk = args.verbose[0] in "Tt"
+        if args.stats is not None or (talk and args.quiet):
+            raise UsageError("--verbose contradicts --stats or --quiet.", "Leave --verbose out.")
+        args.stats, args.quiet = ("text", args.quiet) if talk else ("off", True)
+    args.stats = args.stats or "off"
