@@ -29,6 +29,20 @@ CHOICES = {
     "weights_form": ("spec", "fused"),
 }
 
+# rope_scaling: type -> what it cannot do without; and which of its keys are numbers.
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor",),
+    "yarn": ("factor",),
+    "longrope": ("original_max_position_embeddings", "short_factor", "long_factor"),
+}
+ROPE_NUMBERS = (
+    "factor low_freq_factor high_freq_factor original_max_position_embeddings beta_fast beta_slow "
+    "short_factor long_factor"
+).split()
+
 # Keys that Hugging Face or mlx-lm write and that change nothing in the forward pass.
 IGNORED_KEYS = frozenset(
     """architectures bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id
@@ -37,8 +51,8 @@ IGNORED_KEYS = frozenset(
     rope_parameters layer_types sliding_window use_sliding_window max_window_layers
     is_llama_config transformers.js_config _name_or_path name_or_path mlp_bias rope_traditional
     auto_map hydra_mlx_version hydra_source id2label label2id return_dict problem_type
-    quantize_activations output_hidden_states output_attentions chunk_size_feed_forward is_encoder_decoder
-    tokenizer_class task_specific_params""".split()
+    quantize_activations output_hidden_states output_attentions chunk_size_feed_forward
+    is_encoder_decoder tokenizer_class task_specific_params""".split()
 )
 
 
@@ -110,6 +124,12 @@ class HydraArgs:
                 f"num_attention_heads {self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads {self.num_key_value_heads}."
             )
+        rows = 8 * self.num_attention_heads * self.head_dim
+        if rows >= 2**31:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} times head_dim {self.head_dim} "
+                "is more than MLX can hold."
+            )
         self._check_choices()
         self._check_rope()
         self._check_logit_scale()
@@ -124,7 +144,7 @@ class HydraArgs:
             "num_key_value_heads",
             "vocab_size",
         ):
-            _require_int(name, getattr(self, name))
+            _require_int(name, getattr(self, name), 2**28)
         eps = self.rms_norm_eps
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < 1:
             raise ConfigError(f"rms_norm_eps is {eps!r}, expected a number between 0 and 1.")
@@ -160,6 +180,37 @@ class HydraArgs:
             raise ConfigError(f"rope_theta is {theta!r}, expected a positive number.")
         if self.rope_scaling is None and params.get("rope_type", "default") != "default":
             self.rope_scaling = params
+        if self.rope_scaling is not None:
+            self._check_rope_scaling(self.rope_scaling)
+
+    def _check_rope_scaling(self, scaling: dict):
+        kind = scaling.get("type")
+        if kind is None:
+            kind = scaling.get("rope_type", "default")
+        if not isinstance(kind, str) or kind not in ROPE_KEYS:
+            raise ConfigError(
+                f"rope_scaling has the type {kind!r}, expected one of {', '.join(ROPE_KEYS)}."
+            )
+        for name in ROPE_KEYS[kind]:
+            if name not in scaling:
+                raise ConfigError(f"rope_scaling of type {kind!r} lacks {name!r}.")
+        for name, value in scaling.items():
+            values = value if name in ("short_factor", "long_factor") else [value]
+            if name in ROPE_NUMBERS and not (
+                isinstance(values, list) and all(_is_number(v) and 0 < v < 1e12 for v in values)
+            ):
+                raise ConfigError(f"rope_scaling.{name} is {value!r}, expected positive numbers.")
+        if kind == "longrope":
+            for name in ("short_factor", "long_factor"):
+                if len(scaling[name]) != self.head_dim // 2:
+                    raise ConfigError(
+                        f"rope_scaling.{name} has {len(scaling[name])} numbers, expected "
+                        f"{self.head_dim // 2}, half of head_dim."
+                    )
+        if kind in ("dynamic", "longrope") and self.max_position_embeddings is None:
+            raise ConfigError(
+                f"rope_scaling of type {kind!r} needs max_position_embeddings in config.json."
+            )
 
     def _check_logit_scale(self):
         scale = self.fa_logit_scale
@@ -242,8 +293,12 @@ class HydraArgs:
         return cls(**{k: v for k, v in params.items() if k in known})
 
 
-def _require_int(name: str, value: Any):
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require_int(name: str, value: Any, limit: int = 2**31):
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < limit:
         raise ConfigError(f"{name} is {value!r}, expected a positive whole number.")
 
 

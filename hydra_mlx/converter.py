@@ -33,6 +33,7 @@ from .registry import SHIM, SHIM_NAME
 from .shards import ShardWriter
 from .sources import TOKEN_KEYS, Source, blank
 from .tensors import Packed, to_float
+from .text import first_line
 
 GIB = 1 << 30
 GATES = {"ab_proj", "a_proj", "b_proj"}  # float16 has too few digits near gate 1
@@ -288,7 +289,10 @@ def run(
         CheckpointError: The source is damaged.
     """
     # Links, "." and ".." first: the name beside which everything happens must be a real one.
-    target = target.resolve()
+    try:
+        target = target.resolve()
+    except (OSError, RuntimeError, ValueError) as e:  # a link to itself, a NUL
+        raise UsageError(f"{str(target)!r} cannot be written to ({first_line(e)}).") from None
     with _locked(target):
         return _run(job, target, overwrite, progress, check)
 

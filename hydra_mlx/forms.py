@@ -193,7 +193,7 @@ def unfuse_layer(args: HydraArgs, layer: int, w: dict) -> dict:
     return out
 
 
-def migrate_layer(args: HydraArgs, layer: int, base: dict, seed: int = 0) -> dict:
+def migrate_layer(args: HydraArgs, layer: int, base: dict, seed: int | None = 0) -> dict:
     """A pretrained Transformer layer as an initialised HydraHead layer (spec section 4).
 
     FA heads take the base rows of q, k, v; LA heads their q rows and the k, v rows of their
@@ -202,17 +202,20 @@ def migrate_layer(args: HydraArgs, layer: int, base: dict, seed: int = 0) -> dic
 
     Args:
         base: Tensors of a Llama or Qwen3 layer, names below `model.layers.{i}.`.
-        seed: Of the new tensors.
+        seed: Of the new tensors; None leaves the large random ones zero.
     """
     H, D, E = args.num_attention_heads, args.head_dim, args.hidden_size
     group = H // args.num_key_value_heads
     heads = layer_heads(args, layer, "spec")
     Hf, Hl = len(heads.fa), len(heads.la)
     dtype = _float_dtype(base)
-    rng = np.random.RandomState((seed * 1_000_003 + layer) % 2**32)
+    rng = np.random.RandomState(((seed or 0) * 1_000_003 + layer) % 2**32)
 
     def new(x) -> mx.array:
         return mx.array(np.asarray(x, np.float32)).astype(dtype)
+
+    def small(*shape: int) -> mx.array:
+        return mx.zeros(shape, dtype) if seed is None else new(rng.normal(0.0, 0.02, shape))
 
     def ones(n: int) -> mx.array:
         return mx.ones((n,), dtype)
@@ -249,13 +252,13 @@ def migrate_layer(args: HydraArgs, layer: int, base: dict, seed: int = 0) -> dic
             for n in "qkv":
                 out[f"{ATTN}la.{n}_conv1d.weight"] = new(tap)
         for n in "ab":
-            out[f"{ATTN}la.{n}_proj.weight"] = new(rng.normal(0.0, 0.02, (Hl, E)))
+            out[f"{ATTN}la.{n}_proj.weight"] = small(Hl, E)
         A = rng.uniform(1e-3, 16.0, Hl)
         dt = np.exp(rng.uniform(np.log(1e-3), np.log(0.1), Hl))
         out[ATTN + "la.A_log"] = mx.array(np.log(A).astype(np.float32))
         out[ATTN + "la.dt_bias"] = mx.array((dt + np.log(-np.expm1(-dt))).astype(np.float32))
         if args.la_output_gate is not None:
-            out[ATTN + "la.gate_proj.weight"] = new(rng.normal(0.0, 0.02, (Hl * D, E)))
+            out[ATTN + "la.gate_proj.weight"] = small(Hl * D, E)
     if args.fusion_scale:
         out[ATTN + "head_scale"] = mx.ones((H,))
     return out

@@ -76,8 +76,12 @@ class KeyReport:
                 raise CheckpointError(f"{where} {problem} tensor {names[0]}{more}.", self.summary())
 
 
-def base_shapes(args: HydraArgs) -> dict:
-    """{name: shape} that a plain Llama or Qwen3 checkpoint of these sizes must have."""
+def base_shapes(args: HydraArgs, qk_norm: bool) -> dict:
+    """{name: shape} that a plain Llama or Qwen3 checkpoint of these sizes must have.
+
+    Args:
+        qk_norm: Whether the base model has q/k norms; the migrated one may differ.
+    """
     D = args.head_dim
     sizes = {
         "E": args.hidden_size,
@@ -89,7 +93,7 @@ def base_shapes(args: HydraArgs) -> dict:
     }
     present = {
         None: True,
-        "qk_norm": args.fa_qk_norm,
+        "qk_norm": qk_norm,
         "attention_bias": args.attention_bias,
         "untied": not args.tie_word_embeddings,
     }

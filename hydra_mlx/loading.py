@@ -13,8 +13,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from .config import MODEL_TYPE, HydraArgs
 from .errors import CheckpointError, ConfigError, UsageError
 from .model import Model
+from .quantise import packed_format
 from .registry import register
-from .shards import load_arrays, read_headers
+from .shards import FLOATS, load_arrays, read_headers
 from .tensors import dequantise_array
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -148,9 +149,12 @@ def resolve_path(path: str | os.PathLike) -> Path:
         UsageError: Neither a folder nor a hub id that can be had.
     """
     text = os.fspath(path)
-    local = Path(text).expanduser()
-    if local.exists():
-        return local
+    try:
+        local = Path(text).expanduser()
+        if local.exists():
+            return local
+    except (OSError, ValueError, RuntimeError) as e:  # no permission, a NUL, no such user
+        raise UsageError(f"{text!r} cannot be opened ({_first_line(e)}).") from None
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         from .fetch import fetch_hub
 
@@ -194,26 +198,16 @@ def check_sizes(args: HydraArgs, headers: dict):
 
 
 def _quantise_modules(model: Model, config: dict, names: dict):
-    quantization = config.get("quantization") or config.get("quantization_config")
     if not any(n.endswith(".scales") for n in names):
         return
-    try:
-        default = {k: quantization[k] for k in ("group_size", "bits")}
-        default["mode"] = quantization.get("mode", "affine")
-    except (TypeError, KeyError):
-        raise ConfigError(
-            'The weights are quantised, but config.json has no "quantization" with group_size '
-            "and bits."
-        ) from None
 
     def predicate(path, module):
         if not hasattr(module, "to_quantized") or f"{path}.scales" not in names:
             return False
-        own = quantization.get(path)
-        return {**default, **own} if isinstance(own, dict) else dict(default)
+        return packed_format(config, path)
 
     try:
-        nn.quantize(model, **default, class_predicate=predicate)
+        nn.quantize(model, class_predicate=predicate)
     except (ValueError, TypeError, KeyError, RuntimeError) as e:
         raise ConfigError(f"config.json: quantization cannot be used ({_first_line(e)}).") from None
 
@@ -237,8 +231,8 @@ def check_names(where: Path, expected: dict, found: dict):
             raise CheckpointError(
                 f"{where}: {name} has shape {list(info.shape)}, the config asks for {list(want)}."
             )
-        packed = expected[name].dtype in (mx.uint32, mx.uint8)
-        if packed != (info.dtype in ("U32", "U8")) or info.dtype == "BOOL":
+        packed = {mx.uint32: ("U32",), mx.uint8: ("U8",)}
+        if info.dtype not in packed.get(expected[name].dtype, FLOATS):
             raise CheckpointError(f"{where}: {name} has dtype {info.dtype}, which does not fit.")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from .config import HydraArgs
-from .errors import UsageError
+from .errors import ConfigError, UsageError
 from .model import is_protected
 from .tensors import Packed, to_float
 
@@ -117,6 +117,50 @@ def make_plan(
     return QuantPlan(bits, group_size, mode, recipe, tuple(protect), args.num_hidden_layers)
 
 
+def require_effect(plan: QuantPlan, shapes: dict):
+    """Refuse a plan, or one of its patterns, that would change nothing.
+
+    Args:
+        shapes: {tensor name: shape} of the model to be written.
+
+    Raises:
+        UsageError: No matrix can be quantised, or a --protect pattern matches no matrix.
+    """
+    names = {n.removesuffix(".weight"): s for n, s in shapes.items() if len(s) == 2}
+    names = {n: s for n, s in names.items() if n.rsplit(".", 1)[-1] in MATRICES}
+    for pattern in plan.protect:
+        if not any(re.search(pattern, n) for n in names):
+            raise UsageError(f"--protect {pattern!r} matches no matrix of this model.")
+    if not any(plan.params(n, s[1]) for n, s in names.items()):
+        raise UsageError(
+            "-q would quantise nothing: every matrix is protected, or no row length is a "
+            f"multiple of the group size {plan.group_size}.",
+            "Choose a smaller --q-group-size, or leave -q out.",
+        )
+
+
+def packed_format(config: dict, path: str) -> dict:
+    """bits, group_size and mode of the quantised module at `path`, from config.json.
+
+    Raises:
+        ConfigError: They are not there or are none that MLX has.
+    """
+    q = config.get("quantization") or config.get("quantization_config")
+    own = q.get(path) if isinstance(q, dict) else None
+    both = {**q, **own} if isinstance(own, dict) else q
+    try:
+        out = {k: both[k] for k in ("bits", "group_size")}
+        out["mode"] = both.get("mode", "affine")
+        all_bits, groups, *_ = MODES[out["mode"]]
+        if out["bits"] in all_bits and out["group_size"] in groups:
+            return out
+    except (TypeError, KeyError, AttributeError):
+        pass
+    raise ConfigError(
+        f'config.json: "quantization" gives {path} no bits and group_size that MLX knows.'
+    )
+
+
 def quantise_matrix(x: Any, params: dict) -> Packed:
     """A matrix [N, K] in the format `params`; one that has it already passes unchanged.
 
@@ -133,10 +177,3 @@ def quantise_matrix(x: Any, params: dict) -> Packed:
     weight, scales, *biases = mx.quantize(x, **params)
     biases = biases[0] if biases else None
     return Packed(weight, scales, biases, params["bits"], params["group_size"], params["mode"])
-
-
-def packed_bytes(rows: int, width: int, params: dict, itemsize: int) -> int:
-    """Bytes of a quantised matrix [rows, width]; itemsize of affine scales and biases."""
-    groups = rows * width // params["group_size"]
-    scale = 2 * itemsize if params["mode"] == "affine" else 1
-    return rows * width * params["bits"] // 8 + groups * scale

@@ -77,9 +77,11 @@ def read_header(path: Path) -> dict:
             (length,) = struct.unpack("<Q", start)
             if length > min(MAX_HEADER, size - 8):
                 raise bad(f"the header says {length} bytes, the file has {size - 8} after it")
-            header = json.loads(f.read(length).decode("utf-8"))
+            header = json.loads(f.read(length).decode("utf-8"), object_pairs_hook=_no_repeats)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror or e}).") from None
+    except KeyError as e:
+        raise bad(f"the header names {e.args[0]!r} twice") from None
     except (UnicodeDecodeError, ValueError, RecursionError):
         raise bad("the header is not valid JSON") from None
     if not isinstance(header, dict):
@@ -98,6 +100,15 @@ def read_header(path: Path) -> dict:
     if sum(e - s for s, e, _ in spans) != size - 8 - length:
         raise bad("the tensors do not fill the file")
     return tensors
+
+
+def _no_repeats(pairs: list) -> dict:
+    out: dict = {}
+    for name, value in pairs:
+        if name in out:
+            raise KeyError(name)
+        out[name] = value
+    return out
 
 
 def _entry(path: Path, name: str, entry: Any, room: int, bad) -> tuple:
@@ -140,7 +151,10 @@ def read_headers(folder: Path) -> dict:
             raise CheckpointError(f"{index}: not a valid shard index.") from None
         if bad_name:
             raise CheckpointError(f"{index}: names the file {bad_name[0]!r} outside the folder.")
-        gone = [n for n in wanted if not (folder / n).is_file()]
+        try:
+            gone = [n for n in wanted if not (folder / n).is_file()]
+        except (OSError, ValueError):  # too long for a file system, or a NUL in it
+            raise CheckpointError(f"{index}: names a file that no folder can hold.") from None
         if gone:
             raise CheckpointError(
                 f"{folder}: {len(gone)} of {len(wanted)} shards are missing, first {gone[0]}.",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,20 @@ from .gguf_blocks import AFFINE_BITS
 from .gguf_llama import config_from_gguf, llama_names, read_llama_tensor
 from .layouts import KeyReport, base_shapes, check_keys, model_shapes
 from .loading import read_config
+from .quantise import packed_format
 from .shards import FLOATS, TensorInfo, load_arrays, read_headers
 from .tensors import Packed
 
+MLX_TYPES = {
+    "F32": mx.float32,
+    "BF16": mx.bfloat16,
+    "F16": mx.float16,
+    "F64": mx.float32,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+}
 BASE_TYPES = ("llama", "mistral", "qwen3")
+MAX_COUNT = 4096  # layers, and heads of one: the identity map of a damaged file must not be huge
 # With these the migrated model is the base model, logit for logit (spec section 6).
 IDENTITY = {
     "fa_rope": True,
@@ -65,6 +76,10 @@ class Source:
         """
         raise NotImplementedError
 
+    def blank(self, name: str, keep_packed: bool = True) -> Any:
+        """Zeros of the shape and type that `get` gives, never computed unless used."""
+        raise NotImplementedError
+
     def names(self, prefix: str) -> list:
         """Mapped names below a prefix, packed matrices once, by their weight."""
         return [n for n, _ in self.report.mapped if n.startswith(prefix)]
@@ -82,40 +97,58 @@ class Source:
         return max(sizes.values(), default=0)
 
 
+@dataclass
+class _Blank(Source):
+    real: Source
+
+    def get(self, name: str, keep_packed: bool = True) -> Any:
+        """See Source.blank."""
+        return self.real.blank(name, keep_packed)
+
+
+def blank(source: Source) -> Source:
+    """A source of zeros in the shapes and types of another: for sizes without reading."""
+    s = source
+    return _Blank(s.path, s.args, s.form, s.config, s.report, s.infos, s)
+
+
+def _load(info: TensorInfo) -> mx.array:
+    # Opened anew each time: MLX keeps an evaluated array alive as long as its dict lives.
+    x = load_arrays(info.file)[info.name]
+    return x.astype(mx.float32) if info.dtype == "F64" else x
+
+
+def _zeros(info: TensorInfo) -> mx.array:
+    return mx.zeros(info.shape, MLX_TYPES[info.dtype])
+
+
 class SafetensorsSource(Source):
     """A folder with config.json and one or many safetensors shards."""
 
     def get(self, name: str, keep_packed: bool = True) -> Any:
         """See Source.get."""
-        info = self.infos[name]
-        # Opened anew each time: MLX keeps an evaluated array alive as long as its dict lives.
-        arrays = load_arrays(info.file)
-        weight = arrays[name]
+        weight = _load(self.infos[name])
         scales = name.removesuffix("weight") + "scales"
         if name.endswith(".weight") and scales in self.infos:
             return self._packed(name, weight)
         return weight
 
-    def _packed(self, name: str, weight: mx.array) -> Packed:
+    def blank(self, name: str, keep_packed: bool = True) -> Any:
+        """See Source.blank."""
+        weight = _zeros(self.infos[name])
+        scales = name.removesuffix("weight") + "scales"
+        if name.endswith(".weight") and scales in self.infos:
+            return self._packed(name, weight, _zeros)
+        return weight
+
+    def _packed(self, name: str, weight: mx.array, read: Callable = _load) -> Packed:
         stem = name.removesuffix("weight")
         parts = {}
         for part in ("scales", "biases"):
             info = self.infos.get(stem + part)
-            parts[part] = None if info is None else load_arrays(info.file)[stem + part]
-        q = self.config.get("quantization") or self.config.get("quantization_config") or {}
-        own = q.get(stem.rstrip("."), {})
-        own = own if isinstance(own, dict) else {}
-        try:
-            return Packed(
-                weight,
-                parts["scales"],
-                parts["biases"],
-                own.get("bits", q["bits"]),
-                own.get("group_size", q["group_size"]),
-                own.get("mode", q.get("mode", "affine")),
-            )
-        except KeyError:
-            raise ConfigError(f'{self.path}: quantised, but "quantization" lacks bits.') from None
+            parts[part] = None if info is None else read(info)
+        q = packed_format(self.config, stem.rstrip("."))
+        return Packed(weight, parts["scales"], parts["biases"], **q)
 
     def write_tokenizer(self, folder: Path) -> bool:
         """See Source.write_tokenizer."""
@@ -141,6 +174,16 @@ class GGUFSource(Source):
                 mx.array(x.weight), mx.array(x.scales), mx.array(x.biases), x.bits, x.group_size
             )
         return mx.array(x)
+
+    def blank(self, name: str, keep_packed: bool = True) -> Any:
+        """See Source.blank."""
+        t = self.gguf.tensors[self.gguf_names[name]]
+        if not keep_packed or t.type not in AFFINE_BITS or len(t.shape) != 2:
+            return mx.zeros(t.shape)
+        bits, group = AFFINE_BITS[t.type], 32
+        (rows, width), groups = t.shape, mx.zeros((t.shape[0], t.shape[1] // group))
+        weight = mx.zeros((rows, width * bits // 32), mx.uint32)
+        return Packed(weight, groups, groups, bits, group)
 
     def write_tokenizer(self, folder: Path) -> bool:
         """See Source.write_tokenizer."""
@@ -205,8 +248,11 @@ def migrated_args(config: dict, head_map: str) -> HydraArgs:
     if kind == "mistral" and config.get("sliding_window"):
         raise ConfigError("This Mistral model has sliding-window attention, which is not plain.")
     for key in ("num_hidden_layers", "num_attention_heads"):
-        if type(config.get(key)) is not int:
-            raise ConfigError(f"config.json: {key} is {config.get(key)!r}, expected a number.")
+        if type(config.get(key)) is not int or not 0 < config[key] < MAX_COUNT:
+            raise ConfigError(
+                f"config.json: {key} is {config.get(key)!r}, expected a number from 1 to "
+                f"{MAX_COUNT - 1}."
+            )
     out = {k: config[k] for k in COPIED if config.get(k) is not None}
     out.setdefault("num_key_value_heads", config["num_attention_heads"])
     if kind == "mistral":
@@ -247,13 +293,13 @@ def open_source(path: Path, head_map: str | None) -> Source:
         # Where config.json is silent, exporters disagree; the weights do not.
         config.setdefault("tie_word_embeddings", "lm_head.weight" not in infos)
         args, form = migrated_args(config, head_map), "base"
-        expected = base_shapes(args)
-    report = _report(infos, expected, args, form)
+        expected = base_shapes(args, config["model_type"] == "qwen3")
+    report = _report(infos, expected, args, form, config)
     report.require_whole(str(path))
     return SafetensorsSource(path, args, form, config, report, infos)
 
 
-def _report(infos: dict, expected: dict, args: HydraArgs, form: str) -> KeyReport:
+def _report(infos: dict, expected: dict, args: HydraArgs, form: str, config: dict) -> KeyReport:
     """Key report of a folder; packed matrices count by their weight."""
     plain, packed = {}, []
     for name, info in infos.items():
@@ -261,6 +307,7 @@ def _report(infos: dict, expected: dict, args: HydraArgs, form: str) -> KeyRepor
         if part in ("scales", "biases") and f"{stem}.weight" in infos:
             packed.append(name)
         elif f"{stem}.scales" in infos and part == "weight" and name in expected:
+            _check_packed(infos, stem, expected[name], packed_format(config, stem))
             plain[name] = TensorInfo(name, info.file, info.dtype, expected[name], info.nbytes)
         else:
             if info.dtype not in FLOATS:
@@ -273,6 +320,29 @@ def _report(infos: dict, expected: dict, args: HydraArgs, form: str) -> KeyRepor
             "This checkpoint is quantised already; migrate the unquantised one or a GGUF."
         )
     return check_keys(plain, expected, args.tie_word_embeddings)
+
+
+def _check_packed(infos: dict, stem: str, shape: tuple, q: dict):
+    """Refuse a quantised matrix whose parts do not belong together."""
+    rows, width = shape if len(shape) == 2 else (0, 0)
+    affine = q["mode"] == "affine"
+    groups = (rows, width // q["group_size"])
+    want = {
+        "weight": ((rows, width * q["bits"] // 32), ("U32",)),
+        "scales": (groups, FLOATS if affine else ("U8",)),
+        "biases": (groups, FLOATS),
+    }
+    for part, (size, kinds) in want.items():
+        info = infos.get(f"{stem}.{part}")
+        if part == "biases" and not affine:
+            if info is not None:
+                raise CheckpointError(f"{stem}.biases is there, but {q['mode']} has none.")
+        elif info is None or info.shape != size or info.dtype not in kinds:
+            found = "missing" if info is None else f"{info.dtype} {list(info.shape)}"
+            raise CheckpointError(
+                f"{stem}.{part} is {found}, expected {'/'.join(kinds)} {list(size)} for "
+                f"{q['bits']} bits in groups of {q['group_size']}."
+            )
 
 
 def _open_gguf(path: Path, head_map: str | None) -> Source:
@@ -294,7 +364,8 @@ def _open_gguf(path: Path, head_map: str | None) -> Source:
             nbytes = nbytes * (AFFINE_BITS[t.type] + 2) // 32
         infos[ours] = TensorInfo(ours, path, "F32", t.shape, nbytes)
     dropped = [n for n in gguf.tensors if n not in set(names.values())]
-    report = check_keys(infos, base_shapes(args), args.tie_word_embeddings)
+    expected = base_shapes(args, config["model_type"] == "qwen3")
+    report = check_keys(infos, expected, args.tie_word_embeddings)
     report.mapped = [(names[n], n) for n, _ in report.mapped]
     report.dropped += dropped
     report.require_whole(str(path))

@@ -31,6 +31,11 @@ class Packed:
         return (self.weight.shape[0], self.weight.shape[1] * 32 // self.bits)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(x.nbytes for x in self.arrays().values())
+
+    @property
     def format(self) -> tuple:
         """Two packed matrices of equal format and width can be stacked."""
         return (self.bits, self.group_size, self.mode, self.scales.dtype)

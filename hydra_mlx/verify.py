@@ -98,10 +98,11 @@ def fixed_tokens(folder: Path, vocab: int, count: int) -> tuple:
     """Token windows [n, WINDOW] for the comparison, and whether they are real text."""
     try:
         ids = load_tokenizer(folder).encode(TEXT)
-        real = True
+        real = len(ids) > 1 and max(ids) < vocab
     except CheckpointError:
-        ids = np.random.RandomState(0).randint(0, vocab, count).tolist()
         real = False
+    if not real:
+        ids = np.random.RandomState(0).randint(0, vocab, count).tolist()
     ids = ids[:count]
     width = min(WINDOW, len(ids))
     windows = [ids[s : s + width] for s in range(0, len(ids) - width + 1, width)]
