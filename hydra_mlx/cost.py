@@ -1,7 +1,7 @@
 """hydra-mlx cost: predicted floor of a decode step on Apple's chips, HydraHead and full.
 
-    hydra-mlx cost                    every chip at 128K tokens, tokens per second
-    hydra-mlx cost --chip "M4 Pro"    every context length on one chip
+hydra-mlx cost                    every chip at 128K tokens, tokens per second
+hydra-mlx cost --chip "M4 Pro"    every context length on one chip
 """
 
 import argparse
@@ -55,9 +55,7 @@ def table(rows: list, key: str, names: list) -> list:
     lines = [f"{key:10s}" + "".join(f"{r + ' ' + c:>13s}" for r, c in columns)]
     for name in names:
         found = {(x["ratio"], x["cache"]): x for x in rows if x[key] == name}
-        lines.append(
-            f"{name:10s}" + "".join(f"{found[k]['tokens_per_s']:13,.1f}" for k in columns)
-        )
+        lines.append(f"{name:10s}" + "".join(f"{found[k]['tokens_per_s']:13,.1f}" for k in columns))
     return lines
 
 

@@ -7,7 +7,6 @@ mx.fast.cuda_kernel after cuda.translate. Importing this touches neither.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +56,10 @@ def metal_dir() -> Path:
     Raises:
         HydraError: Neither is there.
     """
-    try:
-        installed = Path(str(resources.files("hydra_mlx.metal")))
-    except (ModuleNotFoundError, TypeError):  # an editable install maps only the package itself
-        installed = None
-    for folder in (installed, Path(__file__).parents[2] / "metal"):
-        if folder is not None and (folder / "common.h").is_file():
+    package = Path(__file__).parents[1]
+    # A wheel has it inside the package; an editable install maps only the package itself.
+    for folder in (package / "metal", package.parent / "metal"):
+        if (folder / "common.h").is_file():
             return folder
     raise HydraError("The folder metal/ with the kernels is missing.", "Reinstall hydra_mlx.")
 
