@@ -66,6 +66,9 @@ def build_parser() -> cli.Parser:
         help="of unquantised weights; auto keeps them, except float32 on a CPU",
     )
     p.add_argument(
+        "--check-weights", action="store_true", help="compare the files with their checksums first"
+    )
+    p.add_argument(
         "--max-tokens",
         "-m",
         type=cli.number(int, -1),
@@ -211,7 +214,7 @@ def work(args: argparse.Namespace) -> int:
     tokenizer = loading.load_tokenizer(folder)
     prompts.add_end_tokens(tokenizer, args.extra_eos_token)
     request = prompts.plan(args, prompt, chat, tokenizer, loading.read_config(folder), note)
-    model = loading.load_model(folder, args.dtype)
+    model = loading.load_model(folder, args.dtype, check=args.check_weights)
     if args.adapter_path is not None:
         load_adapters(model, args.adapter_path)
     load_s = time.perf_counter() - start

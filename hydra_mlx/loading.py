@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .config import MODEL_TYPE, HydraArgs
 from .errors import CheckpointError, ConfigError, UsageError
+from .manifest import check_files
 from .model import Model
 from .quantise import packed_format
 from .registry import register
@@ -70,6 +71,7 @@ def load_model(
     path: str | os.PathLike,
     dtype: str = "auto",
     lazy: bool = False,
+    check: bool = False,
 ) -> nn.Module:
     """Load a model; no tokenizer is needed.
 
@@ -79,6 +81,8 @@ def load_model(
             what the files hold, except on a CPU, where float32 is several times faster: there
             weights become float32, quantised ones too when they fit.
         lazy: Leave the weights on disk until first use.
+        check: Compare a converted folder's files with the checksums in its manifest first, which
+            reads every byte; without a manifest that is an error.
 
     Returns:
         The model; `model(tokens[B, T], cache=None) -> logits[B, T, V]`. Its `load_report`
@@ -91,6 +95,8 @@ def load_model(
         raise UsageError(f"dtype is {dtype!r}, expected auto, {', '.join(DTYPES)}.")
     folder = resolve_path(path)
     config = read_config(folder)
+    if check:
+        check_files(folder)
     register()
     if config.get("model_type") == MODEL_TYPE:
         model = _load_hydra(folder, config)

@@ -8,8 +8,6 @@
 typedef unsigned int uint;
 typedef unsigned short ushort;
 typedef unsigned char uchar;
-typedef unsigned long long ulong;
-typedef __half half_t_;
 typedef __nv_bfloat16 bfloat16_t;
 typedef __half float16_t;
 
@@ -109,7 +107,7 @@ template <class T, int R, int C> inline __device__ simdgroup_matrix<T, R, C> mak
 }
 struct origin_ { int x, y; };
 template <class M, class P>
-inline __device__ void simdgroup_load(M& m, const P* p, ulong ld, origin_ at = {0, 0}, bool transpose = false) {
+inline __device__ void simdgroup_load(M& m, const P* p, unsigned long long ld, origin_ at = {0, 0}, bool transpose = false) {
   int l = threadIdx_lane_();
   int r = l >> 2, c = (l & 3) * 2;
   if (transpose) {
@@ -121,7 +119,7 @@ inline __device__ void simdgroup_load(M& m, const P* p, ulong ld, origin_ at = {
   }
 }
 template <class M, class P>
-inline __device__ void simdgroup_store(M m, P* p, ulong ld, origin_ at = {0, 0}, bool transpose = false) {
+inline __device__ void simdgroup_store(M m, P* p, unsigned long long ld, origin_ at = {0, 0}, bool transpose = false) {
   int l = threadIdx_lane_();
   int r = l >> 2, c = (l & 3) * 2;
   if (transpose) {

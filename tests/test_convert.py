@@ -568,7 +568,7 @@ def test_manifest_and_shim(spec, fused):
         assert entry["bytes"] == (fused / name).stat().st_size
         assert entry["sha256"] == file_digest(fused / name)
     assert "tokenizer.json" in data["files"]
-    check_files(fused, full=True)
+    check_files(fused)
     assert oct(fused.stat().st_mode)[-3:] == "755"
 
 
@@ -577,15 +577,17 @@ def test_manifest_notices_changes(spec, tmp_path):
     file = tmp_path / "o" / "model.safetensors"
     raw = file.read_bytes()
     file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    check_files(tmp_path / "o", full=False)
+    assert hydra_mlx.load_model(tmp_path / "o") is not None, "not checked unless asked for"
     with pytest.raises(hydra_mlx.errors.CheckpointError, match="content has changed"):
-        check_files(tmp_path / "o", full=True)
-    file.write_bytes(raw[:-1])
-    with pytest.raises(hydra_mlx.errors.CheckpointError, match="bytes, expected"):
-        check_files(tmp_path / "o", full=False)
+        hydra_mlx.load_model(tmp_path / "o", check=True)
+    file.write_bytes(raw)
+    hydra_mlx.load_model(tmp_path / "o", check=True)
     file.unlink()
     with pytest.raises(hydra_mlx.errors.CheckpointError, match="missing"):
-        check_files(tmp_path / "o", full=False)
+        check_files(tmp_path / "o")
+    (tmp_path / "o" / MANIFEST).unlink()
+    with pytest.raises(hydra_mlx.errors.CheckpointError, match="has no hydra_manifest"):
+        check_files(tmp_path / "o")
 
 
 def test_existing_target(spec, tmp_path, capsys):

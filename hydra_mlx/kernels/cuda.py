@@ -25,12 +25,17 @@ POSITIONS = """
 # An array declared in threadgroup memory: `threadgroup float x[...]`.
 SHARED = re.compile(r"\bthreadgroup\s+((?:[\w:]+\s+)?[\w:]+(?:<[^<>;]*>)?\s+\w+\s*\[)")
 SPACES = re.compile(r"\b(?:device|threadgroup|thread|constant)\b\s*")
+# Functions that CUDA has too, in the global namespace: without metal:: a call is ambiguous.
+SHARED_NAMES = re.compile(
+    r"(?<![\w:.>])(min|max|exp2?|log2?|r?sqrt|fabs|abs|floor|fma|sin|cos|clamp|isinf|isnan)(?=\s*\()"
+)
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 
 
 def plain(text: str) -> str:
-    """Text without comments and address-space words."""
-    return SPACES.sub("", SHARED.sub(r"__shared__ \1", COMMENT.sub("", text)))
+    """Text without comments and address-space words, calls of shared names qualified."""
+    text = SPACES.sub("", SHARED.sub(r"__shared__ \1", COMMENT.sub("", text)))
+    return SHARED_NAMES.sub(r"metal::\1", text)
 
 
 def translate(kernel: Kernel, body: str, header: str) -> tuple:

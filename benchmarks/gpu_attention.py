@@ -1,0 +1,126 @@
+"""fa_decode and fa_prefill on a GPU, against MLX's own attention: agreement, time, bandwidth.
+
+    python benchmarks/gpu_attention.py [--keys 131072 524288] [--json FILE]
+
+Medians over repeated runs on buffers larger than the caches of the chip; the last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import hydra_mlx  # noqa: F401
+from hydra_mlx.kernels import fa_decode, fa_prefill
+from hydra_mlx.kernels.dispatch import route
+
+import mlx.core as mx
+from mlx_lm.models.base import quantized_scaled_dot_product_attention
+
+
+def median_ms(f, runs: int = 20) -> float:
+    """Median milliseconds of f() after three warm-ups."""
+    times = []
+    for i in range(runs + 3):
+        start = time.perf_counter()
+        mx.eval(f())
+        if i >= 3:
+            times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def error(a: mx.array, b: mx.array) -> float:
+    """||a - b|| / ||b||, NaN as infinity."""
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    e = (mx.linalg.norm(a - b) / mx.linalg.norm(b)).item()
+    return e if e == e else float("inf")
+
+
+def cache(Hk: int, S: int, D: int, dtype: mx.Dtype, bits: int | None) -> tuple:
+    """Keys and values as KeyValues, and in full precision of the same numbers."""
+    k, v = (mx.random.normal((1, Hk, S, D), dtype=dtype, key=mx.random.key(i)) for i in (1, 2))
+    if bits is None:
+        return fa_decode.KeyValues(k, v, S), k, v
+    kq, vq = (mx.quantize(x, group_size=64, bits=bits) for x in (k, v))
+    full = [mx.dequantize(*x, group_size=64, bits=bits) for x in (kq, vq)]
+    return fa_decode.KeyValues(kq, vq, S, bits, 64), *full
+
+
+def main(argv=None) -> int:
+    """Measure and print; returns the exit code."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--keys", type=int, nargs="+", default=[131072, 524288])
+    p.add_argument("--json")
+    args = p.parse_args(argv)
+    way, why = route()
+    if way == "ops":
+        print(f"No GPU to run kernels on ({why}).", file=sys.stderr)
+        return 2
+    rows, bad = [], 0
+    limits = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 6e-3}
+    for name in limits:
+        for bits in (None, 8, 4):
+            for D in (64, 128):
+                dtype = getattr(mx, name)
+                kv, k, v = cache(3, 1000, D, dtype, bits)
+                kv_of_fa = (0, 1, 1, 2, 2, 2)
+                q = mx.random.normal((1, 2, 6, D), dtype=dtype)
+                out = fa_decode.run(q, kv, kv_of_fa, D**-0.5, route=way)
+                full = [x.astype(mx.float32)[:, mx.array(kv_of_fa)] for x in (k, v)]
+                q32 = q.astype(mx.float32).swapaxes(1, 2)
+                ref = mx.fast.scaled_dot_product_attention(
+                    q32, *full, scale=D**-0.5, mask="causal"
+                ).swapaxes(1, 2)
+                e = error(out, ref)
+                bad += e > limits[name]
+                print(f"fa_decode {name} bits={bits} D={D}: relative error {e:.2e}")
+                rows.append({"check": "fa_decode", "dtype": name, "bits": bits, "D": D, "error": e})
+    for S in args.keys:
+        for bits in (None, 8, 4):
+            kv, k, v = cache(4, S, 128, mx.bfloat16, bits)
+            q = mx.random.normal((1, 1, 4, 128), dtype=mx.bfloat16)
+            qh = q.swapaxes(1, 2)
+            mx.eval(q, kv.parts, k, v)
+            ours = median_ms(
+                lambda q=q, kv=kv: fa_decode.run(q, kv, (0, 1, 2, 3), 128**-0.5, route=way)
+            )
+            if bits is None:
+                theirs = median_ms(
+                    lambda qh=qh, k=k, v=v: mx.fast.scaled_dot_product_attention(
+                        qh, k, v, scale=128**-0.5
+                    )
+                )
+            else:
+                theirs = median_ms(
+                    lambda qh=qh, kv=kv, b=bits: quantized_scaled_dot_product_attention(
+                        qh, kv.keys, kv.values, 128**-0.5, None, 64, b
+                    )
+                )
+            gb = 4 * S * kv.row_bytes / 1e9
+            print(
+                f"S={S} bits={bits}: ours {ours:.3f} ms ({gb / ours * 1000:.0f} GB/s), "
+                f"MLX {theirs:.3f} ms ({gb / theirs * 1000:.0f} GB/s), {theirs / ours:.2f} times"
+            )
+            rows.append({"S": S, "bits": bits, "ours_ms": ours, "mlx_ms": theirs, "gb": gb})
+    for bits in (8, 4):
+        kv, k, v = cache(2, 700, 128, mx.bfloat16, bits)
+        q = mx.random.normal((1, 150, 4, 128), dtype=mx.bfloat16)
+        out = fa_prefill.run(q, kv, (0, 0, 1, 1), 128**-0.5, route=way)
+        full = [x.astype(mx.float32) for x in (k, v)]
+        q32 = q.astype(mx.float32).swapaxes(1, 2)
+        ref = mx.fast.scaled_dot_product_attention(q32, *full, scale=128**-0.5, mask="causal")
+        e = error(out, ref.swapaxes(1, 2))
+        bad += e > limits["bfloat16"]
+        print(f"fa_prefill bits={bits}: relative error {e:.2e}")
+        rows.append({"check": "fa_prefill", "bits": bits, "error": e})
+    text = json.dumps({"device": str(mx.device_info()), "rows": rows})
+    if args.json:
+        with open(args.json, "w") as f:
+            f.write(text)
+    print(text)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

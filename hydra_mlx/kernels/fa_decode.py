@@ -1,0 +1,428 @@
+"""Softmax attention of at most 8 tokens over a long cache: metal/fa_decode.metal, fa_combine.metal.
+
+The first pass reads every key and value once for all query heads and tokens that share it, in
+splits over the whole GPU; the second joins the splits and applies gate and fusion norm. Keys and
+values are read where the cache keeps them, plain or MLX affine.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+
+from .cost import Cost
+from .loader import Kernel, Launch, execute
+
+MAX_TOKENS = 8
+HEAD_DIMS = (64, 128)
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+GATES = {None: 0, "headwise": 1, "elementwise": 2}
+NORMS = {None: 0, "rms_no_weight": 1, "rms": 2}
+
+# Query rows that share a load. Each costs a lane Dk / L + Dv / L registers; four keep a lane under
+# 128, which both Metal and CUDA give to threadgroups of 256.
+MAX_ROWS = 4
+SIMDGROUPS = 8  # of a first-pass threadgroup: one key stream each
+COMBINE_SIMDGROUPS = 8
+# Numbers of a key a lane holds: 16 bytes, fewer when several query rows need the registers. With
+# these, ptxas gives a lane of sm_90 64 registers for one row of bf16, 128 for 4 bits, no spills.
+# | bits | 1 row | 2 rows | 3, 4 rows |
+LANE_NUMBERS = {32: (8, 8, 8), 16: (8, 8, 8), 8: (16, 8, 8), 4: (32, 8, 8)}
+# Keys of a lane group in flight: 4 loads of 16 bytes for keys and 4 for values.
+# | bits | 1, 2 rows | 3, 4 rows |
+UNROLL = {32: (2, 2), 16: (4, 4), 8: (4, 4), 4: (4, 4)}
+# Cores, where nobody says: 132 multiprocessors of an H100 or H200; a Pro or Max chip of Apple.
+CORES = {"metal": 20, "cuda": 132}
+GROUPS_PER_CORE = 4  # threadgroups a core works on at a time, to hide each other's latency
+MAX_SPLITS = 256  # the second pass has one threadgroup a head and token, and reads them all
+
+KERNEL = Kernel(
+    "fa_decode",
+    (
+        "q", "keys", "k_scales", "k_biases", "values", "v_scales", "v_biases", "work", "floats",
+        "T", "Hf", "Hk", "S", "S_alloc", "items", "splits", "split_keys", "offset",
+    ),
+    ("part", "stats"),
+    scalars=("T", "Hf", "Hk", "S", "S_alloc", "items", "splits", "split_keys", "offset"),
+    headers=("fa_common.h", "fa_decode.h"),
+)  # fmt: skip
+COMBINE = Kernel(
+    "fa_combine",
+    ("part", "stats", "gate", "weight", "splits"),
+    ("y", "lse"),
+    scalars=("splits",),
+    headers=("fa_common.h",),
+)
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """A cache's whole buffers, of which the first S tokens are valid.
+
+    Attributes:
+        keys, values: [B, Hk, S_alloc, D] arrays, or triples (words, scales, biases) of
+            mx.quantize. S: Valid tokens, the new ones among them.
+        bits, group_size: Of the triples; None for arrays.
+    """
+
+    keys: Any
+    values: Any
+    S: int
+    bits: int | None = None
+    group_size: int | None = None
+
+    @classmethod
+    def of(cls, cache: Any) -> "KeyValues":
+        """From an mlx-lm KVCache or QuantizedKVCache that has been updated with the new tokens."""
+        bits = getattr(cache, "bits", None)
+        group = None if bits is None else cache.group_size
+        return cls(cache.keys, cache.values, int(cache.offset), bits, group)
+
+    @property
+    def parts(self) -> tuple:
+        """All arrays: keys then values, one each or three."""
+        return (self.keys, self.values) if self.bits is None else (*self.keys, *self.values)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """C: of the numbers, or of scales and biases."""
+        return (self.keys if self.bits is None else self.keys[1]).dtype
+
+    @property
+    def width(self) -> int:
+        """BITS of a number: 32, 16, 8 or 4."""
+        return self.bits or 8 * self.dtype.size
+
+    @property
+    def heads(self) -> int:
+        """Hk."""
+        return self.parts[0].shape[1]
+
+    @property
+    def allocated(self) -> int:
+        """S_alloc."""
+        return self.parts[0].shape[2]
+
+    @property
+    def dims(self) -> tuple:
+        """Dk and Dv."""
+        if self.bits is None:
+            return self.keys.shape[-1], self.values.shape[-1]
+        per = 32 // self.bits
+        return self.keys[0].shape[-1] * per, self.values[0].shape[-1] * per
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one key and one value."""
+        Dk, Dv = self.dims
+        extra = 0 if self.bits is None else 2 * self.dtype.size * (Dk + Dv) // self.group_size
+        return (Dk + Dv) * self.width // 8 + extra
+
+
+def check_cache(kv: KeyValues, heads: int) -> str:
+    """Why the kernels cannot read this cache for `heads` FA heads, or ""."""
+    if kv.bits is not None and (kv.bits not in (4, 8) or kv.group_size not in (32, 64)):
+        return f"cache of {kv.bits} bits in groups of {kv.group_size}"
+    if kv.dtype not in DTYPES or len({x.dtype for x in kv.parts} - {mx.uint32}) != 1:
+        return f"cache of type {kv.dtype}"
+    if not 1 <= heads <= 32:
+        return f"{heads} FA heads, expected 1 to 32"
+    if any(D not in HEAD_DIMS for D in kv.dims):
+        return f"head dims {kv.dims}, expected 64 or 128"
+    if not 1 <= kv.S <= kv.allocated:
+        return f"{kv.S} valid tokens of {kv.allocated}"
+    if min(x.size for x in kv.parts) < 8:
+        return "a cache of a few numbers"  # MLX passes such arrays in another address space
+    if kv.allocated * max(kv.dims) >= 2**31:
+        return "more than 2^31 numbers for a head"
+    return ""
+
+
+def eligible(
+    q: mx.array,
+    kv: KeyValues,
+    kv_of_fa: tuple,
+    mask: Any = None,
+    gate: mx.array | None = None,
+) -> tuple:
+    """Whether the kernels can do this step: (ok, reason).
+
+    Args:
+        q: [B, T, Hf, Dk]. kv: The cache, new tokens included. kv_of_fa: LayerHeads.kv_of_fa.
+        mask: Step.fa_mask, "causal" unless T is 1. gate: [B, T, Hf, Dv or 1] or None.
+    """
+    B, T, Hf, D = q.shape
+    if T > MAX_TOKENS:
+        return False, f"{T} tokens, at most {MAX_TOKENS}"
+    if isinstance(mask, mx.array):
+        return False, "an array as mask"
+    if T > 1 and mask != "causal":
+        return False, "several tokens without a causal mask"
+    if q.dtype not in DTYPES:
+        return False, f"queries are {q.dtype}"
+    if gate is not None and gate.dtype not in DTYPES:
+        return False, f"gate is {gate.dtype}"
+    why_not = check_cache(kv, Hf)
+    if why_not:
+        return False, why_not
+    if len(kv_of_fa) != Hf or D != kv.dims[0] or kv.parts[0].shape[0] != B or kv.S < T:
+        return False, f"queries {q.shape} do not fit the cache"
+    return True, f"T <= {MAX_TOKENS}"
+
+
+@lru_cache(maxsize=256)
+def work_table(kv_of_fa: tuple, T: int, max_rows: int = MAX_ROWS) -> tuple:
+    """Which threadgroup column does which query rows.
+
+    Returns:
+        rows R of an item; items, a tuple of (key/value head, rows t * Hf + h); and both as the
+        kernel's int32 array, unused rows -1, padded to 8 numbers.
+    """
+    Hf = len(kv_of_fa)
+    readers = {}
+    for h, kv in enumerate(kv_of_fa):
+        readers.setdefault(kv, []).append(h)
+    items = []
+    for kv, heads in sorted(readers.items()):
+        rows = [t * Hf + h for t in range(T) for h in heads]
+        parts = -(-len(rows) // max_rows)
+        each = -(-len(rows) // parts)
+        items += [(kv, tuple(rows[i : i + each])) for i in range(0, len(rows), each)]
+    R = max(len(rows) for _, rows in items)
+    flat = [n for kv, rows in items for n in (kv, *rows, *[-1] * (R - len(rows)))]
+    return R, tuple(items), mx.array(flat + [0] * max(0, 8 - len(flat)), mx.int32)
+
+
+@lru_cache(maxsize=16)
+def _floats(scale: float, a: float) -> mx.array:
+    return mx.array([scale, a], mx.float32)
+
+
+def tile(kv: KeyValues, R: int) -> tuple:
+    """L and U of fa_decode.h for this cache and R query rows."""
+    Dk, Dv = kv.dims
+    L = max(Dk, Dv) // LANE_NUMBERS[kv.width][min(R, 3) - 1]
+    while min(Dk, Dv) // L * kv.width < 32:  # a lane reads whole words
+        L //= 2
+    return L, UNROLL[kv.width][R > 2]
+
+
+def split_plan(S: int, columns: int, step: int, cores: int) -> tuple:
+    """Splits of S keys and keys of a split.
+
+    Args:
+        columns: Threadgroups of one split. step: Keys that a threadgroup takes at a time.
+        cores: Of the GPU.
+    """
+    wanted = min(MAX_SPLITS, max(1, cores * GROUPS_PER_CORE // columns))
+    granule = max(32, step)
+    keys = -(-S // (wanted * granule)) * granule
+    return -(-S // keys), keys
+
+
+def launch(
+    q: mx.array,
+    kv: KeyValues,
+    kv_of_fa: tuple,
+    scale: float,
+    a: float | None = None,
+    offset: int | None = None,
+    cores: int = CORES["cuda"],
+    splits: tuple | None = None,
+    simdgroups: int = SIMDGROUPS,
+    unroll: int | None = None,
+    lanes: int | None = None,
+    max_rows: int = MAX_ROWS,
+) -> Launch:
+    """The first pass.
+
+    Args:
+        q: [B, T, Hf, Dk], after its norm. kv: The cache. kv_of_fa: As in eligible.
+        scale: Of the scores, 1/sqrt(D). a: Of the log-length scale, None for off.
+        offset: Position of query token 0; None for S - T.
+        cores: Of the GPU. splits: (number, keys of one) instead of split_plan's.
+        simdgroups, unroll, lanes, max_rows: Instead of the tables', for sweeps.
+
+    Returns:
+        Outputs part [B, T, Hf, splits, Dv] and stats [B, T, Hf, splits, 2], float32.
+    """
+    B, T, Hf, Dk = q.shape
+    Dv = kv.dims[1]
+    R, items, work = work_table(tuple(kv_of_fa), T, max_rows)
+    L, U = tile(kv, R)
+    L, U = lanes or L, unroll or U
+    n, keys = splits or split_plan(kv.S, B * len(items), U * 32 // L * simdgroups, cores)
+    if kv.bits is None:
+        buffers = (kv.keys, q, q, kv.values, q, q)
+    else:
+        buffers = kv.parts
+    offset = kv.S - T if offset is None else int(offset)
+    return Launch(
+        KERNEL,
+        (
+            q, *buffers, work, _floats(float(scale), float(a or 0.0)),
+            T, Hf, kv.heads, kv.S, kv.allocated, len(items), n, keys, offset,
+        ),
+        (
+            ("X", q.dtype), ("C", kv.dtype), ("BITS", kv.width), ("GROUP", kv.group_size or 1),
+            ("DK", Dk), ("DV", Dv), ("L", L), ("R", R), ("U", U), ("SG", simdgroups),
+        ),
+        (32 * simdgroups * len(items) * n * B, 1, 1),
+        (32 * simdgroups, 1, 1),
+        ((B, T, Hf, n, Dv), (B, T, Hf, n, 2)),
+        (mx.float32, mx.float32),
+    )  # fmt: skip
+
+
+def gate_kind(gate: mx.array | None, Dv: int) -> str | None:
+    """None, "headwise" or "elementwise" by the gate's last axis."""
+    if gate is None:
+        return None
+    return "elementwise" if gate.shape[-1] == Dv else "headwise"
+
+
+def combine_launch(
+    part: mx.array,
+    stats: mx.array,
+    dtype: mx.Dtype,
+    gate: mx.array | None = None,
+    position: str = "pre_norm",
+    norm: str | None = None,
+    weight: mx.array | None = None,
+    simdgroups: int = COMBINE_SIMDGROUPS,
+) -> Launch:
+    """The second pass.
+
+    Args:
+        part, stats: Outputs of the first. dtype: Of the result.
+        gate, position, norm, weight: As ops.fa_fusion.
+
+    Returns:
+        Outputs y [B, T, Hf, Dv] in dtype and log-sum-exp [B, T, Hf] float32.
+    """
+    B, T, Hf, splits, Dv = part.shape
+    if norm == "rms" and weight is None:
+        norm = "rms_no_weight"
+    weight = weight if norm == "rms" else None
+    return Launch(
+        COMBINE,
+        (part, stats, stats if gate is None else gate, stats if weight is None else weight, splits),
+        (
+            ("X", dtype),
+            ("G", mx.float32 if gate is None else gate.dtype),
+            ("W", mx.float32 if weight is None else weight.dtype),
+            ("DV", Dv), ("SG", simdgroups), ("GATE", GATES[gate_kind(gate, Dv)]),
+            ("POST", int(position == "post_norm")), ("NORM", NORMS[norm]),
+        ),
+        (32 * simdgroups * B * T * Hf, 1, 1),
+        (32 * simdgroups, 1, 1),
+        ((B, T, Hf, Dv), (B, T, Hf)),
+        (dtype, mx.float32),
+    )  # fmt: skip
+
+
+def run(
+    q: mx.array,
+    kv: KeyValues,
+    kv_of_fa: tuple,
+    scale: float,
+    a: float | None = None,
+    offset: int | None = None,
+    gate: mx.array | None = None,
+    position: str = "pre_norm",
+    norm: str | None = None,
+    weight: mx.array | None = None,
+    route: str = "metal",
+    executor: Callable | None = None,
+    return_lse: bool = False,
+    **options: Any,
+) -> Any:
+    """Both passes: attention, gate and norm of the FA heads for at most 8 tokens.
+
+    Args:
+        q, kv, kv_of_fa, scale, a, offset: As launch. gate, position, norm, weight: As
+            ops.fa_fusion. route: "metal" or "cuda". executor: Runs a Launch instead of the route.
+        return_lse: Also give log-sum-exp [B, T, Hf] float32 of the scaled scores.
+        options: cores, splits and the sweepable numbers of launch.
+
+    Returns:
+        [B, T, Hf, Dv] in the dtype of q, or with return_lse a pair.
+    """
+    go = executor or (lambda x: execute(x, route))
+    options.setdefault("cores", CORES[route])
+    part, stats = go(launch(q, kv, kv_of_fa, scale, a, offset, **options))
+    y, lse = go(combine_launch(part, stats, q.dtype, gate, position, norm, weight))
+    return (y, lse) if return_lse else y
+
+
+def cost(first: Launch, second: Launch | None = None) -> Cost:
+    """Work of the two passes, from their launches (logical bytes, as the host runtime counts).
+
+    A lane group loads each key and value once; L lanes load a key's scale and bias each. Queries
+    are loaded by every lane group, the table of work by every lane.
+    """
+    t = dict(first.template)
+    q = first.inputs[0]
+    B, T, Hf, Dk = q.shape
+    S, _, items, splits, keys, _ = first.inputs[-6:]
+    Dv, L, U, R, SG, bits = (t[n] for n in ("DV", "L", "U", "R", "SG", "BITS"))
+    lanes = 32 * SG
+    step = U * 32 // L
+    read_keys = sum(
+        -(-(min(S, i * keys + keys) - i * keys) // step) * step
+        for i in range(splits)
+        if i * keys < S
+    )
+    row = (Dk + Dv) * bits // 8
+    if bits < 16:
+        row += 4 * L * t["C"].size
+    groups = B * splits
+    read = groups * items * lanes * (1 + R) * 4 + groups * T * Hf * SG * 32 // L * Dk * q.itemsize
+    read += B * items * read_keys * row
+    written = groups * T * Hf * 4 * (Dv + 2)
+    flops = 2 * B * items * R * read_keys * (Dk + Dv)
+    total = Cost(read, written, flops, SG * (Dv + 2) * 4, 1)
+    return total if second is None else total + combine_cost(second)
+
+
+def combine_cost(second: Launch) -> Cost:
+    """Work of the second pass."""
+    t = dict(second.template)
+    B, T, Hf, splits, Dv = second.inputs[0].shape
+    SG, rows = t["SG"], B * T * Hf
+    read = splits * (8 * SG + 4 * 32 + 4 * Dv)
+    read += {0: 0, 1: 32, 2: Dv}[t["GATE"]] * t["G"].size
+    read += (t["NORM"] == 2) * Dv * t["W"].size
+    return Cost(
+        rows * read, rows * (Dv * t["X"].size + 4), 2 * rows * splits * Dv, SG * Dv * 4, 1
+    )  # fmt: skip
+
+
+def composed_cost(
+    q: mx.array, kv: KeyValues, kv_of_fa: tuple, gate: mx.array | None, norm: str | None
+) -> Cost:
+    """Work of the same step on MLX operations, each array read and written once an operation.
+
+    Plain caches: log-length scale and cast of q, one fused attention a run of equal grouping (its
+    partial results stay small), then gate and norm. Quantised: quantized_matmul of scores,
+    softmax, quantized_matmul of values, with the scores in device memory (mlx-lm, unfused).
+    """
+    B, T, Hf, Dk = q.shape
+    Dv, x = kv.dims[1], q.itemsize
+    kept = len(set(kv_of_fa))
+    rows = B * T * Hf
+    read = rows * Dk * (x + 4 + x) + B * kept * kv.S * kv.row_bytes
+    written = rows * (Dk * (4 + x) + Dv * x)
+    dispatches = 3 + kept
+    if kv.bits is not None:
+        scores = rows * kv.S * x
+        read, written, dispatches = read + 3 * scores, written + 2 * scores, 3 + 4 * kept
+    if gate is not None:
+        read += 2 * gate.nbytes + rows * Dv * x
+        written += gate.nbytes + rows * Dv * x
+        dispatches += 2
+    if norm is not None:
+        read, written, dispatches = read + rows * Dv * x, written + rows * Dv * x, dispatches + 1
+    return Cost(read, written, 2 * rows * kv.S * (Dk + Dv), 0, dispatches)

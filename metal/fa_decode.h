@@ -1,0 +1,218 @@
+// First pass of split-K attention: one threadgroup reads the keys and values of ONE key/value head
+// from `first` to `end` once, for up to R query rows, and writes their partial softmax.
+//
+// fa_decode_split<X, C, BITS, GROUP, DK, DV, L, R, U, SG>(...)
+//   each SIMD-group has its own stream of keys, in steps of U * 32 / L: L lanes own a key, so a
+//   lane holds DK / L numbers of it and DV / L of the value
+//     s[r][u] = q[r] . k[u]                   U independent loads in flight, xor-shuffles over L
+//     m' = max(m, s);  l = l 2^(m - m') + sum 2^(s - m');  acc = acc 2^(m - m') + 2^(s - m') v
+//   at the end: merge the 32 / L lane groups by shuffles, the SG SIMD-groups through `memory`
+// All scores are base-2 logarithms. A step that every query sees in full skips all masks.
+//
+// X       dtype of q;  C dtype of the cache (of scales and biases when quantised)
+// BITS    32 or 16: keys and values are C;  8 or 4: MLX affine, GROUP 32 or 64 (else GROUP is 1)
+// L       lanes of a key: a power of two up to 16, at most GROUP numbers a lane, DK / L and DV / L
+//         whole words
+// R       query rows, U keys of a lane group in a step, SG SIMD-groups of the threadgroup
+// q       [T, Hf, DK] of this sequence; k_words, v_words [S_alloc, D*BITS/32] of this key/value
+//         head, scales and biases [S_alloc, D/GROUP] likewise (never read unless quantised)
+// rows    R numbers t * Hf + h, the query rows of this call; -1 for none
+// part    [T*Hf, splits, DV], stats [T*Hf, splits, 2] (maximum, sum) of this sequence, float
+// T, S    query tokens and valid keys; query t sees keys below S - T + t + 1
+// scale   multiplies scores;  a, offset: log-length scale at position offset + t, off when a is 0
+// memory  SG * (DV + 2) floats of threadgroup memory, free on entry (barrier before a reuse)
+// Every thread of the threadgroup must call it: 32 * SG threads. An empty split (first >= end) is
+// allowed and writes a partial of weight 0.
+
+template <typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, bool TAIL>
+HYDRA_FN void fa_decode_step(
+    const device uint* k_words, const device C* k_scales, const device C* k_biases,
+    const device uint* v_words, const device C* v_scales, const device C* v_biases,
+    const thread float* q, const thread float* q_sum, const thread int* limit, int base, int end,
+    int lane, thread float* m, thread float* l, thread float* acc, thread float* acc_bias) {
+  constexpr int EK = DK / L, EV = DV / L;
+  constexpr int WK = EK * BITS / 32, WV = EV * BITS / 32;
+  constexpr int NK = 32 / L;
+  constexpr bool QUANTISED = BITS < 16;
+  const int group = lane / L, j = lane - group * L;
+
+  uint kw[U * WK], vw[U * WV];
+  float ks[U], kb[U], vs[U], vb[U];
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    int key = base + u * NK + group;
+    if (TAIL) key = metal::min(key, end - 1);
+    fa_load_words<WK>(k_words + key * (L * WK) + j * WK, kw + u * WK);
+    if (QUANTISED) {
+      const int at = key * (DK / GROUP) + j * EK / GROUP;
+      ks[u] = to_float(k_scales[at]);
+      kb[u] = to_float(k_biases[at]);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    int key = base + u * NK + group;
+    if (TAIL) key = metal::min(key, end - 1);
+    fa_load_words<WV>(v_words + key * (L * WV) + j * WV, vw + u * WV);
+    if (QUANTISED) {
+      const int at = key * (DV / GROUP) + j * EV / GROUP;
+      vs[u] = to_float(v_scales[at]);
+      vb[u] = to_float(v_biases[at]);
+    }
+  }
+
+  float p[R * U];
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    float x[EK];
+    fa_unpack<C, BITS, EK>(kw + u * WK, x);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      float s = 0.0f;
+#pragma unroll
+      for (int i = 0; i < EK; ++i) s = metal::fma(q[r * EK + i], x[i], s);
+      if (QUANTISED) s = metal::fma(s, ks[u], kb[u] * q_sum[r]);
+      p[r * U + u] = s;
+    }
+  }
+#pragma unroll
+  for (int d = L / 2; d > 0; d /= 2) {
+#pragma unroll
+    for (int i = 0; i < R * U; ++i) p[i] += simd_shuffle_xor(p[i], static_cast<ushort>(d));
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    float top = m[r];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (TAIL && base + u * NK + group >= limit[r]) p[r * U + u] = FA_MASKED;
+      top = metal::max(top, p[r * U + u]);
+    }
+    const float shrink = metal::exp2(m[r] - top);
+    m[r] = top;
+    float sum = 0.0f;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      p[r * U + u] = metal::exp2(p[r * U + u] - top);
+      sum += p[r * U + u];
+    }
+    l[r] = metal::fma(l[r], shrink, sum);
+#pragma unroll
+    for (int i = 0; i < EV; ++i) acc[r * EV + i] *= shrink;
+    if (QUANTISED) acc_bias[r] *= shrink;
+  }
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    float x[EV];
+    fa_unpack<C, BITS, EV>(vw + u * WV, x);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      float weight = p[r * U + u];
+      if (QUANTISED) {
+        acc_bias[r] = metal::fma(weight, vb[u], acc_bias[r]);
+        weight *= vs[u];
+      }
+#pragma unroll
+      for (int i = 0; i < EV; ++i) acc[r * EV + i] = metal::fma(weight, x[i], acc[r * EV + i]);
+    }
+  }
+}
+
+template <typename X, typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, int SG>
+HYDRA_FN void fa_decode_split(
+    const device X* q, const device uint* k_words, const device C* k_scales,
+    const device C* k_biases, const device uint* v_words, const device C* v_scales,
+    const device C* v_biases, const device int* rows, device float* part, device float* stats,
+    int T, int Hf, int S, int first, int end, int split, int splits, float scale, float a,
+    int offset, threadgroup float* memory, uint lane_index, uint simdgroup_index) {
+  constexpr int EK = DK / L, EV = DV / L;
+  constexpr int KEYS = U * 32 / L;  // of a SIMD-group's step
+  const int lane = static_cast<int>(lane_index), sg = static_cast<int>(simdgroup_index);
+  const int j = lane % L;
+
+  float query[R * EK], q_sum[R], m[R], l[R], acc[R * EV], acc_bias[R];
+  int row[R], limit[R];
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    row[r] = rows[r];
+    const int t = row[r] < 0 ? 0 : row[r] / Hf;
+    limit[r] = metal::min(end, S - T + t + 1);
+    m[r] = FA_START;
+    l[r] = acc_bias[r] = q_sum[r] = 0.0f;
+    // Scores in base 2: exp2 is the cheaper exponential.
+    const float s = scale * fa_log_length(offset + t, a) * 1.44269504088896341f;
+#pragma unroll
+    for (int i = 0; i < EK; ++i) {
+      const float x = row[r] < 0 ? 0.0f : s * to_float(q[row[r] * DK + j * EK + i]);
+      q_sum[r] += x;
+      query[r * EK + i] = x * fa_field_scale<BITS>(i);
+    }
+#pragma unroll
+    for (int i = 0; i < EV; ++i) acc[r * EV + i] = 0.0f;
+  }
+
+  const int full = metal::min(end, S - T + 1);  // keys below are seen by every query
+  for (int base = first + sg * KEYS; base < end; base += SG * KEYS) {
+    if (base + KEYS <= full) {
+      fa_decode_step<C, BITS, GROUP, DK, DV, L, R, U, false>(
+          k_words, k_scales, k_biases, v_words, v_scales, v_biases, query, q_sum, limit, base, end,
+          lane, m, l, acc, acc_bias);
+    } else {
+      fa_decode_step<C, BITS, GROUP, DK, DV, L, R, U, true>(
+          k_words, k_scales, k_biases, v_words, v_scales, v_biases, query, q_sum, limit, base, end,
+          lane, m, l, acc, acc_bias);
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    if (row[r] >= 0) {  // the same in every thread
+      if (BITS < 16) {
+#pragma unroll
+        for (int i = 0; i < EV; ++i)
+          acc[r * EV + i] = metal::fma(acc[r * EV + i], fa_field_scale<BITS>(i), acc_bias[r]);
+      }
+#pragma unroll
+      for (int d = L; d < 32; d *= 2) {
+        const ushort other = static_cast<ushort>(d);
+        const float m2 = simd_shuffle_xor(m[r], other), l2 = simd_shuffle_xor(l[r], other);
+        const float top = metal::max(m[r], m2);
+        const float c1 = metal::exp2(m[r] - top), c2 = metal::exp2(m2 - top);
+        m[r] = top;
+        l[r] = l[r] * c1 + l2 * c2;
+#pragma unroll
+        for (int i = 0; i < EV; ++i)
+          acc[r * EV + i] = acc[r * EV + i] * c1 + simd_shuffle_xor(acc[r * EV + i], other) * c2;
+      }
+      if (lane < L) {
+#pragma unroll
+        for (int i = 0; i < EV; ++i) memory[sg * DV + j * EV + i] = acc[r * EV + i];
+      }
+      if (lane == 0) {
+        memory[SG * DV + 2 * sg] = m[r];
+        memory[SG * DV + 2 * sg + 1] = l[r];
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      float top = FA_START, weight[SG];
+#pragma unroll
+      for (int i = 0; i < SG; ++i) top = metal::max(top, memory[SG * DV + 2 * i]);
+#pragma unroll
+      for (int i = 0; i < SG; ++i) weight[i] = metal::exp2(memory[SG * DV + 2 * i] - top);
+      const int at = row[r] * splits + split;
+      for (int d = sg * 32 + lane; d < DV; d += SG * 32) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < SG; ++i) sum = metal::fma(weight[i], memory[i * DV + d], sum);
+        part[at * DV + d] = sum;
+      }
+      if (sg == 0 && lane == 0) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < SG; ++i) sum = metal::fma(weight[i], memory[SG * DV + 2 * i + 1], sum);
+        stats[2 * at] = top;
+        stats[2 * at + 1] = sum;
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+  }
+}
