@@ -24,10 +24,12 @@ HYDRA_FN float sigmoid(float x) { return 1.0f / (1.0f + metal::precise::exp(-x))
 
 HYDRA_FN float silu(float x) { return x * sigmoid(x); }
 
-// log(1 + exp(x)) without overflow.
+// log(1 + exp(x)); where exp(x) is small it keeps its digits, as log1p would.
 HYDRA_FN float softplus(float x) {
-  float m = x > 0.0f ? x : 0.0f;
-  return m + metal::precise::log(1.0f + metal::precise::exp(-metal::fabs(x)));
+  const float u = metal::precise::exp(-metal::fabs(x));
+  const float w = 1.0f + u;
+  const float l = w == 1.0f ? u : metal::precise::log(w) * (u / (w - 1.0f));
+  return l + (x > 0.0f ? x : 0.0f);
 }
 
 #ifndef HYDRA_CUDA

@@ -186,7 +186,10 @@ def _bfloat_blocks(diagnostics: str) -> str:
     That compile has no address spaces, so overloads on them collapse: such errors do not count.
     """
     blocks = re.split(r"\n(?=\S[^\n]* error: )", diagnostics)
-    other = re.compile(r"redefinition|ambiguous|no member named")
+    # Overloads that differ in address space alone collapse here; the real compile checks them.
+    other = re.compile(
+        r"redefinition|ambiguous|no member named|no matching function for call to 'load4'"
+    )
     kept = [b for b in blocks if "bfloat" in b and not other.search(b.split("\n", 1)[0])]
     return "\n".join(b for b in kept if " error: " in b.split("\n", 1)[0])
 
