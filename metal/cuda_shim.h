@@ -143,6 +143,13 @@ inline __device__ void mma_(float* d, uint a0, uint a2, uint b0, uint b1) {
       : "+f"(d[0]), "+f"(d[1]), "+f"(x), "+f"(y)
       : "r"(a0), "r"(0u), "r"(a2), "r"(0u), "r"(b0), "r"(b1));
 }
+// Sixteen rows at once, for kernels that hold two tiles one above the other.
+#define HYDRA_MMA16 1
+inline __device__ void mma16_(float* d, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
 template <class M> inline __device__ void simdgroup_multiply_accumulate(M& d, M a, M b, M c) {
   int l = threadIdx_lane_(), g = l >> 2, t = l & 3, from = 8 * t + (g >> 1);
   float u0 = __shfl_sync(~0u, b.e[0], from), u1 = __shfl_sync(~0u, b.e[1], from);

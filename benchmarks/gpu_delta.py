@@ -1,0 +1,84 @@
+"""la_prefill on a GPU: agreement with the MLX operations, and time against mlx's own.
+
+    python benchmarks/gpu_delta.py [--json FILE]
+
+B=1, H=12, D=128. Medians of calls with their synchronisation; the last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+
+import hydra_mlx  # noqa: F401
+from hydra_mlx.kernels import la_prefill
+from hydra_mlx.kernels.dispatch import relative_rms, route
+from hydra_mlx.ops import gated_delta
+
+import mlx.core as mx
+
+
+def inputs(T: int, dtype: mx.Dtype, H: int = 12, D: int = 128) -> list:
+    """Random q, k, v, g, beta, state as the model gives them."""
+    keys = mx.random.split(mx.random.key(T), 6)
+    q, k, v = (mx.random.normal((1, T, H, D), key=keys[i]) for i in range(3))
+    q = q / mx.linalg.norm(q, axis=-1, keepdims=True) * D**-0.5
+    k = k / mx.linalg.norm(k, axis=-1, keepdims=True)
+    g = -mx.exp(mx.random.uniform(-7, 0, (1, T, H), key=keys[3]))
+    beta = mx.random.uniform(0, 1, (1, T, H), key=keys[4])
+    state = mx.random.normal((1, H, D, D), key=keys[5])
+    out = [*(x.astype(dtype) for x in (q, k, v)), g, beta, state]
+    mx.eval(out)
+    return out
+
+
+def median_ms(f, runs: int = 15) -> float:
+    """Median milliseconds of f() after three warm-ups."""
+    times = []
+    for i in range(runs + 3):
+        start = time.perf_counter()
+        mx.eval(f())
+        if i >= 3:
+            times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def main(argv=None) -> int:
+    """Measure and print; returns the exit code."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--json")
+    args = p.parse_args(argv)
+    way, why = route()
+    if way == "ops":
+        print(f"No GPU to run kernels on ({why}).", file=sys.stderr)
+        return 2
+    rows = []
+    for name in ("float32", "bfloat16", "float16"):
+        for T in (9, 65, 500, 4096):
+            a = inputs(T, getattr(mx, name))
+            ref = gated_delta(*a)
+            for which in ("chunked", "steps"):
+                out = la_prefill.run(*a, route=way, which=which)
+                errors = [relative_rms([x], [y]) for x, y in zip(out, ref, strict=True)]
+                print(f"{name} T={T} {which}: output {errors[0]:.1e}, state {errors[1]:.1e}")
+                rows.append({"dtype": name, "T": T, "which": which, "errors": errors})
+    for T in (64, 512, 2048, 32768):
+        a = inputs(T, mx.bfloat16)
+        row = {"T": T}
+        for which in ("chunked", "steps"):
+            row[which] = median_ms(lambda a=a, w=which: la_prefill.run(*a, route=way, which=w))
+        if T <= 2048:
+            row["ops"] = median_ms(lambda a=a: gated_delta(*a), 5)
+        print(" ".join(f"{k}={v if k == 'T' else f'{v:.3f} ms'}" for k, v in row.items()))
+        rows.append(row)
+    text = json.dumps(rows)
+    if args.json:
+        with open(args.json, "w") as f:
+            f.write(text)
+    print(text[:200])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
