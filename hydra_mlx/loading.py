@@ -18,6 +18,7 @@ from .quantise import packed_format
 from .registry import register
 from .shards import FLOATS, load_arrays, read_headers
 from .tensors import dequantise_array
+from .text import first_line
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 # On a CPU, dequantised float32 weights may take up to this share of the machine's memory.
@@ -143,9 +144,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return stock(folder, eos_token_ids=eos)
     except Exception as e:  # transformers raises many kinds on a broken tokenizer.json
-        raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded ({_first_line(e)})."
-        ) from e
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({first_line(e)}).") from e
 
 
 def resolve_path(path: str | os.PathLike) -> Path:
@@ -160,7 +159,7 @@ def resolve_path(path: str | os.PathLike) -> Path:
         if local.exists():
             return local
     except (OSError, ValueError, RuntimeError) as e:  # no permission, a NUL, no such user
-        raise UsageError(f"{text!r} cannot be opened ({_first_line(e)}).") from None
+        raise UsageError(f"{text!r} cannot be opened ({first_line(e)}).") from None
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         from .fetch import fetch_hub
 
@@ -215,7 +214,7 @@ def _quantise_modules(model: Model, config: dict, names: dict):
     try:
         nn.quantize(model, class_predicate=predicate)
     except (ValueError, TypeError, KeyError, RuntimeError) as e:
-        raise ConfigError(f"config.json: quantization cannot be used ({_first_line(e)}).") from None
+        raise ConfigError(f"config.json: quantization cannot be used ({first_line(e)}).") from None
 
 
 def check_names(where: Path, expected: dict, found: dict):
@@ -251,12 +250,8 @@ def _load_other(folder: Path, config: dict) -> nn.Module:
     except Exception as e:  # any model of mlx-lm may raise anything
         kind = config.get("model_type")
         raise CheckpointError(
-            f"{folder}: mlx-lm cannot load this {kind!r} model ({_first_line(e)})."
+            f"{folder}: mlx-lm cannot load this {kind!r} model ({first_line(e)})."
         ) from e
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
 
 
 def _apply_dtype(model: nn.Module, dtype: str) -> str:

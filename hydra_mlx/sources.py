@@ -88,14 +88,6 @@ class Source:
         """Put the tokenizer's files into a folder; False when the source has none."""
         raise NotImplementedError
 
-    @property
-    def largest_file(self) -> int:
-        """Bytes of the largest shard."""
-        sizes: dict = {}
-        for info in self.infos.values():
-            sizes[info.file] = sizes.get(info.file, 0) + info.nbytes
-        return max(sizes.values(), default=0)
-
 
 @dataclass
 class _Blank(Source):
