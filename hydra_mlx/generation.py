@@ -19,6 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import cache as caches
 from .errors import UsageError
+from .layer_kernels import summary
 from .sampling import prompt_ids
 from .stats import Timings
 from .text import StopMatcher
@@ -177,7 +178,7 @@ class _Run:
                     text += self.matcher.held
                 if not reason:
                     yield Part(text, token)
-        yield Part(text, token, reason, self.timings(reason))
+        yield Part(text, token, reason, self.timings(reason, summary(model)))
 
     def _tick(self, token: int | None, reason: str | None):
         now = time.perf_counter()
@@ -187,7 +188,7 @@ class _Run:
             self.generated += 1
             self.last = now
 
-    def timings(self, reason: str) -> Timings:
+    def timings(self, reason: str, kernels: str | None) -> Timings:
         prompt_s = None if self.first is None else self.first - self.start
         reply_s = None if self.generated < 2 else self.last - self.first
         kv, state = caches.cache_bytes(self.cache)
@@ -205,6 +206,7 @@ class _Run:
             state_bytes=state,
             kv=caches.describe(self.cache),
             finish_reason=reason,
+            kernels=kernels,
         )
 
 

@@ -17,38 +17,8 @@ from mlx_lm.models.rope_utils import initialize_rope
 from . import ops
 from .cache import CONV, STATE
 from .config import HydraArgs, layer_heads
-
-
-@dataclass
-class Projected:
-    """What the input projections give; None for a kind or a gate the layer has not.
-
-    Shapes: q_fa [B, T, Hf, D], k_fa and v_fa [B, T, Hk, D], gate_fa [B, T, Hf, D or 1],
-    qkv_la [B, T, 3*Hl*D] (q, then k, then v), gate_la [B, T, Hl, D], a and b [B, T, Hl].
-    """
-
-    q_fa: mx.array | None = None
-    k_fa: mx.array | None = None
-    v_fa: mx.array | None = None
-    gate_fa: mx.array | None = None
-    qkv_la: mx.array | None = None
-    gate_la: mx.array | None = None
-    a: mx.array | None = None
-    b: mx.array | None = None
-
-
-@dataclass
-class Step:
-    """What every layer of one forward pass shares.
-
-    Attributes:
-        offset: Tokens before this step, int or [B]. fa_mask: None, "causal" or an array.
-        la_mask: [B, T] bool or None.
-    """
-
-    offset: Any
-    fa_mask: Any
-    la_mask: mx.array | None
+from .layer_kernels import LayerKernels
+from .step import Projected, Step
 
 
 class Mixer(nn.Module):
@@ -65,6 +35,7 @@ class Mixer(nn.Module):
             args.rope_scaling,
             args.max_position_embeddings,
         )
+        self.kernels = LayerKernels()
 
     def __call__(self, x: mx.array, step: Step, kv: Any = None, arrays: Any = None) -> mx.array:
         p = self.project(x)
@@ -82,19 +53,29 @@ class Mixer(nn.Module):
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, p.v_fa))
         if args.fa_rope:
             q, k = self.rope(q, offset=step.offset), self.rope(k, offset=step.offset)
+        if kv is not None:
+            k, v = kv.update_and_fetch(k, v)
+        o = None
+        if step.backend is not None and kv is not None:
+            o, fused = self.kernels.attention(self, q.swapaxes(1, 2), p, step, kv)
+            if fused:
+                return o
+        if o is None:
+            o = self.softmax(q, k, v, step, kv)
+        return ops.fa_fusion(
+            o, p.gate_fa, args.fa_gate_position, args.fusion_norm, self.weight("fa_norm")
+        )
+
+    def softmax(self, q: mx.array, k: Any, v: Any, step: Step, kv: Any) -> mx.array:
+        """Attention of q [B, Hf, T, D] over k and v, [B, T, Hf, D], by operations."""
+        args = self.args
         if args.logit_scale_a is not None:
             s = ops.log_length_scale(step.offset, q.shape[2], args.logit_scale_a)
             s = s[:, None] if s.ndim == 2 else s
-            q = (q.astype(mx.float32) * s[..., None]).astype(k.dtype)
-        if kv is not None:
-            k, v = kv.update_and_fetch(k, v)
-        o = ops.ragged_attention(
-            q, k, v, self.heads.runs, 1 / math.sqrt(args.head_dim), step.fa_mask, kv
-        )
-        norm_weight = self.weight("fa_norm")
-        return ops.fa_fusion(
-            o.swapaxes(1, 2), p.gate_fa, args.fa_gate_position, args.fusion_norm, norm_weight
-        )
+            q = (q.astype(mx.float32) * s[..., None]).astype(q.dtype)
+        scale = 1 / math.sqrt(args.head_dim)
+        o = ops.ragged_attention(q, k, v, self.heads.runs, scale, step.fa_mask, kv)
+        return o.swapaxes(1, 2)
 
     def linear_attention(self, p: Projected, step: Step, arrays: Any) -> mx.array:
         """LA heads up to and with norm and output gate; [B, T, Hl, D] in stored head order."""
@@ -118,7 +99,10 @@ class Mixer(nn.Module):
         dt = nn.softplus(p.a.astype(mx.float32) + self.weight("dt_bias").astype(mx.float32))
         g = -mx.exp(self.weight("A_log").astype(mx.float32)) * dt
         state = None if arrays is None else arrays[STATE]
-        o, state = ops.gated_delta(q, k, v, g, beta, state, step.la_mask)
+        done = None
+        if step.backend is not None:
+            done = self.kernels.gated_delta(q, k, v, g, beta, state, step.la_mask, step.backend)
+        o, state = done or ops.gated_delta(q, k, v, g, beta, state, step.la_mask)
         if arrays is not None:
             arrays[CONV], arrays[STATE] = tail, state
             arrays.advance(T)
@@ -298,11 +282,39 @@ class FusedMixer(Mixer):
         """Filters of q, k and v, [3*Hl*D, K]."""
         return self.conv_weight
 
-    def project(self, x: mx.array) -> Projected:
-        """One product for everything quantisable, one for a and b."""
-        B, T, _ = x.shape
+    def __call__(self, x: mx.array, step: Step, kv: Any = None, arrays: Any = None) -> mx.array:
+        rows, ab = self.in_proj(x), self.ab_proj(x) if self.heads.la else None
+        y = None
+        if step.backend is not None and self.heads.fa and self.heads.la:
+            y = self.kernels.both(self, rows, ab, step, kv, arrays)
+        if y is None:
+            y = self.by_kind(rows, ab, step, kv, arrays)
+        return self.o_proj(y)
+
+    def by_kind(
+        self, rows: mx.array, ab: mx.array | None, step: Step, kv: Any, arrays: Any
+    ) -> mx.array:
+        """All heads of a step, one kind after the other: input of o_proj, [B, T, H*D].
+
+        Args:
+            rows: [B, T, W], output of in_proj. ab: [B, T, 2*Hl], of ab_proj.
+        """
+        p, y = self.split(rows, ab), []
+        if self.heads.fa:
+            y.append(self.full_attention(p, step, kv))
+        if self.heads.la:
+            y_la = None
+            if step.backend is not None:
+                y_la = self.kernels.linear_step(self, rows, ab, step, arrays)
+            y.append(self.linear_attention(p, step, arrays) if y_la is None else y_la)
+        y = [i.flatten(2) for i in y]
+        return y[0] if len(y) == 1 else mx.concatenate(y, axis=-1)
+
+    def split(self, rows: mx.array, ab: mx.array | None) -> Projected:
+        """The outputs of the two projections by meaning."""
+        B, T, _ = rows.shape
         D, Hf = self.args.head_dim, len(self.heads.fa)
-        la_qkv, la_gate, q, k, v, gate = mx.split(self.in_proj(x), self.rows.ends, axis=-1)
+        la_qkv, la_gate, q, k, v, gate = mx.split(rows, self.rows.ends, axis=-1)
         p = Projected()
         if Hf:
             p.q_fa, p.k_fa, p.v_fa = (y.reshape(B, T, -1, D) for y in (q, k, v))
@@ -310,12 +322,7 @@ class FusedMixer(Mixer):
                 p.gate_fa = gate.reshape(B, T, Hf, -1)
         if self.heads.la:
             p.qkv_la = la_qkv
-            p.a, p.b = mx.split(self.ab_proj(x), 2, axis=-1)
+            p.a, p.b = mx.split(ab, 2, axis=-1)
             if self.rows.la_gate:
                 p.gate_la = la_gate.reshape(B, T, -1, D)
         return p
-
-    def output(self, y_fa: mx.array | None, y_la: mx.array | None) -> mx.array:
-        """Output projection; its columns already follow the stored head order."""
-        y = [y.flatten(2) for y in (y_fa, y_la) if y is not None]
-        return self.o_proj(y[0] if len(y) == 1 else mx.concatenate(y, axis=-1))

@@ -13,7 +13,9 @@ from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 
 from .cache import cache_layout, make_cache, tick
 from .config import HydraArgs
-from .mixer import FusedMixer, SpecMixer, Step
+from .kernels.dispatch import backend
+from .mixer import FusedMixer, SpecMixer
+from .step import Step
 
 ModelArgs = HydraArgs
 
@@ -90,7 +92,12 @@ class HydraModel(nn.Module):
         # Read before any update: a batch's offset is an array that += changes in place.
         offset = 0 if counter is None else counter.offset + 0
         arrays = next((cache[i] for i in layout.arrays if i is not None), None)
-        step = Step(offset, create_attention_mask(h, counter), create_ssm_mask(h, arrays))
+        step = Step(
+            offset,
+            create_attention_mask(h, counter),
+            create_ssm_mask(h, arrays),
+            None if self.training else backend(),
+        )
         for layer, kv, ar in zip(self.layers, layout.kv, layout.arrays):  # noqa: B905
             h = layer(
                 h,

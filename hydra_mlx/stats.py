@@ -26,6 +26,7 @@ class Timings:
         kv_bytes, state_bytes: Keys and values; recurrent states and conv tails.
         kv: How keys and values are kept, in words.
         finish_reason: "stop", "length" or "interrupt".
+        kernels: What the layers ran, in words; None for a model without kernels.
         load_s, device, blas, weights, seed: Filled in by the program, not by stream_generate.
     """
 
@@ -42,6 +43,7 @@ class Timings:
     state_bytes: int
     kv: str
     finish_reason: str
+    kernels: str | None = None
     load_s: float | None = None
     device: str | None = None
     blas: str | None = None
@@ -66,6 +68,8 @@ class Timings:
             f"{text.size(self.kv_bytes)}, states {text.size(self.state_bytes)}",
             f"cache    {self.kv}",
         ]
+        if self.kernels is not None:
+            lines.append(f"kernels  {self.kernels}")
         if self.load_s is not None:
             where = ", ".join(x for x in (self.device, self.blas) if x)
             lines.append(f"model    loaded in {self.load_s:.2f} s; weights {self.weights}; {where}")

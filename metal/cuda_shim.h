@@ -50,6 +50,7 @@ inline __device__ float rsqrt(float x) { return ::rsqrtf(x); }
 inline __device__ float fabs(float x) { return ::fabsf(x); }
 inline __device__ float abs(float x) { return ::fabsf(x); }
 inline __device__ float floor(float x) { return ::floorf(x); }
+inline __device__ float round(float x) { return ::roundf(x); }
 inline __device__ float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 inline __device__ float sin(float x) { return ::sinf(x); }
 inline __device__ float cos(float x) { return ::cosf(x); }

@@ -69,6 +69,38 @@ HYDRA_FN float fa_field_scale(int i) {
   return 1.0f / static_cast<float>(1 << (BITS * (i % FIELDS) % 32));
 }
 
+// What MLX's affine quantiser makes of a vector whose channels 32 i + lane are u[i], read back: the
+// cache's rounding, for new tokens that are used before they are stored. Scales and biases are C.
+template <typename C, int BITS, int GROUP, int D>
+HYDRA_FN void fa_quantised(thread float* u) {
+  constexpr int M = D / 32, EACH = GROUP / 32;
+  constexpr float most = static_cast<float>((1u << (BITS % 32)) - 1u);
+#pragma unroll
+  for (int first = 0; first < M; first += EACH) {
+    float low = u[first], high = 0.0f;  // MLX's maximum begins at 0
+#pragma unroll
+    for (int i = first; i < first + EACH; ++i) {
+      low = metal::min(low, u[i]);
+      high = metal::max(high, u[i]);
+    }
+    low = simd_min(low);
+    high = simd_max(high);
+    const bool side = metal::fabs(low) > metal::fabs(high);
+    float step = metal::max((high - low) / most, 1e-7f);
+    step = side ? step : -step;
+    const float edge = side ? low : high;
+    const float count = metal::round(edge / step);
+    if (count != 0.0f) step = edge / count;
+    const float bias = count == 0.0f ? 0.0f : edge;
+    const float kept_step = to_float(from_float<C>(step)), kept_bias = to_float(from_float<C>(bias));
+#pragma unroll
+    for (int i = first; i < first + EACH; ++i) {
+      const float n = metal::min(metal::round((u[i] - bias) / step), most);
+      u[i] = metal::fma(kept_step, n, kept_bias);
+    }
+  }
+}
+
 // s_t = ln(t + a) / ln(a), t the absolute position; a = 0 turns it off.
 HYDRA_FN float fa_log_length(int t, float a) {
   if (a == 0.0f) return 1.0f;

@@ -99,9 +99,17 @@ if (index < B * Hl) {
       float u[D / 32];
       hydra_vector<X, FK, D, FA_NORM, FA_ROPE>(
           row + k_row, fa_k_norm, inv_freq, floats[0], position + t, floats[1], lane, u);
+      // As the cache will hold them, so that a token is the same to itself and to later ones.
+      for (int i = 0; i < D / 32; ++i) u[i] = to_float(from_float<X>(u[i]));
+      float w[D / 32];
+      for (int i = 0; i < D / 32; ++i) w[i] = to_float(row[v_row + 32 * i + lane]);
+      if (BITS < 16) {
+        fa_quantised<C, BITS, BITS < 16 ? GROUP : 32, D>(u);
+        fa_quantised<C, BITS, BITS < 16 ? GROUP : 32, D>(w);
+      }
       for (int i = 0; i < D / 32; ++i) {
         rest[2 * t * D + 32 * i + lane] = u[i];
-        rest[(2 * t + 1) * D + 32 * i + lane] = to_float(row[v_row + 32 * i + lane]);
+        rest[(2 * t + 1) * D + 32 * i + lane] = w[i];
       }
     }
   }

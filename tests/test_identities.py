@@ -323,6 +323,6 @@ def test_every_head_linear_is_a_gated_deltanet_stack():
     o = mx.fast.rms_norm(o, mixer.la_norm.weight, 1e-6)
     o = o * nn.silu(la.gate_proj(x).reshape(o.shape)) * mixer.head_scale[:, None]
     expected = mixer.o_proj(o.flatten(2))
-    from hydra_mlx.mixer import Step
+    from hydra_mlx.step import Step
 
     assert_close(mixer(x, Step(0, None, None)), expected, 1e-5)

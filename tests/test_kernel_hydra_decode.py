@@ -5,7 +5,7 @@ import dataclasses
 from hydra_mlx import reference
 from hydra_mlx.cache import CONV, STATE
 from hydra_mlx.kernels import fa_decode, hydra_decode
-from hydra_mlx.mixer import Step
+from hydra_mlx.step import Step
 
 import mlx.core as mx
 import numpy as np
@@ -43,8 +43,7 @@ def make_caches(mixer, B, S, tail, state, dtype, bits=None, seed=3):
 def by_operations(mixer, x, ab, kv, arrays):
     """Input of the output projection by Mixer's own operations, [B, T, (Hf + Hl) * D]."""
     T = x.shape[1]
-    mixer.in_proj, mixer.ab_proj = (lambda _: x), (lambda _: ab)
-    p = mixer.project(x)
+    p = mixer.split(x, ab)
     step = Step(kv.offset, None if T == 1 else "causal", None)
     y = [mixer.full_attention(p, step, kv), mixer.linear_attention(p, step, arrays)]
     return mx.concatenate([i.flatten(2) for i in y], axis=-1)
@@ -110,9 +109,10 @@ def compare(mixer, B, T, S, dtype="float32", bits=None, check=False, layer=None,
         assert np.array_equal(to_numpy(v), new[1]), f"{case} new values"
     if twin:
         ref = by_operations(mixer, x, ab, kv, arrays)
-        # The operations quantise the new token before they attend to it.
-        tolerance = {None: TWIN[dtype], 8: 5e-3, 4: 5e-2}[bits]
-        assert_close(y, ref, max(tolerance, TWIN[dtype]), f"{case} twin")
+        # A new token goes through the cache's rounding here too. In 16 bits a few of its numbers
+        # lie between two steps, where the last digit of a norm decides.
+        tolerance = {None: 1.0, 8: 1.0, 4: 1.0 if dtype == "float32" else 3.0}[bits] * TWIN[dtype]
+        assert_close(y, ref, tolerance, f"{case} twin")
         if layer.la.taps:
             assert np.array_equal(to_numpy(new_tail), to_numpy(arrays[CONV])), f"{case} tail"
         if bits is None:

@@ -27,7 +27,7 @@ SHARED = re.compile(r"\bthreadgroup\s+((?:[\w:]+\s+)?[\w:]+(?:<[^<>;]*>)?\s+\w+\
 SPACES = re.compile(r"\b(?:device|threadgroup|thread|constant)\b\s*")
 # Functions that CUDA has too, in the global namespace: without metal:: a call is ambiguous.
 SHARED_NAMES = re.compile(
-    r"(?<![\w:.>])(min|max|exp2?|log2?|r?sqrt|fabs|abs|floor|fma|sin|cos|clamp|isinf|isnan)(?=\s*\()"
+    r"(?<![\w:.>])(min|max|exp2?|log2?|r?sqrt|fabs|abs|floor|round|fma|sin|cos|clamp|isinf|isnan)(?=\s*\()"
 )
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 

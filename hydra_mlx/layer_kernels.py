@@ -1,0 +1,203 @@
+"""The kernels of one layer: what a step may use and why not, and the step itself.
+
+A layer asks here first and runs its operations where the answer is None. Every answer comes with a
+reason, kept in `paths`, which --stats prints. What a layer may use is decided once for each
+kind of step: by eligibility, then by the first-use check.
+"""
+
+from collections import Counter
+from typing import Any
+
+import mlx.core as mx
+
+from . import first_use
+from .cache import CONV, STATE
+from .kernels import dispatch, fa_decode, fa_prefill, hydra_decode, la_decode, la_prefill
+from .kernels.dispatch import Backend
+from .kernels.fa_decode import KeyValues
+from .kernels.hydra_decode import HydraLayer
+from .kernels.la_decode import LaLayer
+from .step import Projected, Step
+
+# Fewest cached keys for which fa_decode reads a plain cache instead of MLX's own attention, by
+# route; None never. On Metal: predicted, MLX's second pass begins at 1024 keys and, on base chips,
+# only for grouped heads, while one threadgroup a head leaves most cores idle.
+PLAIN_FROM = {"metal": 1024, "cuda": None}
+
+
+class LayerKernels:
+    """Kernels of one FusedMixer.
+
+    Attributes:
+        paths: {"decode" or "prefill", kind: (what ran last, why)}.
+    """
+
+    def __init__(self):
+        self.paths = {}
+        self._gathered = None
+        self._from = ()
+        self._trusted = {}
+
+    def gather(self, mixer: Any) -> HydraLayer | LaLayer:
+        """What the decode kernels need of the layer; anew when its weights were replaced."""
+        names = ("A_log", "dt_bias", "la_q_norm", "la_k_norm", "fa_q_norm", "fa_k_norm")
+        now = [mixer.weight(n) for n in names]
+        now.append(mixer.conv() if mixer.args.la_conv_kernel else None)
+        if len(now) != len(self._from) or any(
+            a is not b for a, b in zip(now, self._from, strict=True)
+        ):
+            both = mixer.heads.fa and mixer.heads.la
+            self._gathered, self._from = (HydraLayer if both else LaLayer).of(mixer), now
+        return self._gathered
+
+    def _may(self, name: str, key: tuple, verdict: tuple, check: Any) -> bool:
+        """Note and give the verdict; `check` is asked once for each key."""
+        ok, reason = verdict
+        if ok and key not in self._trusted:
+            self._trusted[key] = check()
+        if ok and self._trusted[key]:
+            ok, reason = False, self._trusted[key]
+        self.paths[name] = ("kernels" if ok else "operations", reason)
+        return ok
+
+    def both(
+        self, mixer: Any, x: mx.array, ab: mx.array, step: Step, kv: Any, arrays: Any
+    ) -> mx.array | None:
+        """Both kinds of head for at most 8 tokens, in two dispatches; updates the caches.
+
+        Args:
+            x: [B, T, W], output of in_proj. ab: [B, T, 2*Hl], of ab_proj.
+
+        Returns:
+            Input of the output projection [B, T, H*D], or None: operations.
+        """
+        if x.shape[1] > la_decode.MAX_TOKENS:
+            return None
+        to, layer = step.backend, self.gather(mixer)
+        lengths = None if arrays is None else arrays.lengths
+        verdict = hydra_decode.eligible(layer, x, ab, kv, step.fa_mask, step.la_mask, lengths)
+        key = ("hydra", x.shape[1], x.dtype, ab.dtype, _kind(kv))
+        if not self._may(
+            "decode", key, verdict, lambda: first_use.hydra(mixer, layer, x, ab, kv, to)
+        ):
+            return None
+        tail, state = (None, None) if arrays is None else (arrays[CONV], arrays[STATE])
+        y, state, tail, k, v = hydra_decode.run(
+            layer, x, ab, step.offset, tail, state, hydra_decode.cached(kv), to.route, to.run,
+            cores=to.cores,
+        )  # fmt: skip
+        if kv is not None:
+            kv.update_and_fetch(k, v)
+        _store(arrays, tail, state, x.shape[1])
+        return y
+
+    def linear_step(
+        self, mixer: Any, x: mx.array, ab: mx.array, step: Step, arrays: Any
+    ) -> mx.array | None:
+        """LA heads for at most 8 tokens in one dispatch; [B, T, Hl, D] or None."""
+        if x.shape[1] > la_decode.MAX_TOKENS:
+            return None
+        to, layer = step.backend, self.gather(mixer)
+        layer = getattr(layer, "la", layer)
+        lengths = None if arrays is None else arrays.lengths
+        verdict = la_decode.eligible(layer, x, ab, step.la_mask, lengths)
+        rows = isinstance(step.offset, mx.array) and step.offset.size > 1
+        key = ("la", x.shape[1] > 1, x.dtype, ab.dtype, rows)
+        if not self._may(
+            "decode LA",
+            key,
+            verdict,
+            lambda: first_use.la_step(mixer, layer, x, ab, step.offset, to),
+        ):
+            return None
+        tail, state = (None, None) if arrays is None else (arrays[CONV], arrays[STATE])
+        y, state, tail = la_decode.run(layer, x, ab, step.offset, tail, state, to.route, to.run)
+        _store(arrays, tail, state, x.shape[1])
+        return y
+
+    def gated_delta(
+        self, q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array,
+        state: mx.array | None, mask: mx.array | None, to: Backend,
+    ) -> tuple | None:  # fmt: skip
+        """ops.gated_delta by kernels, or None."""
+        verdict = la_prefill.eligible(q, k, v, state)
+        which = la_prefill.variant(q.shape[1], q.shape[-1], v.shape[-1])[0]
+        flags = (mask is not None, state is not None)
+        if not self._may(
+            "prefill LA",
+            ("delta", which, q.dtype, *flags),
+            verdict,
+            lambda: first_use.delta(q, v, *flags, to),
+        ):
+            return None
+        return la_prefill.run(q, k, v, g, beta, state, mask, to.route, to.run)
+
+    def attention(self, mixer: Any, q: mx.array, p: Projected, step: Step, kv: Any) -> tuple:
+        """FA heads up to and with gate and norm, over a cache that holds the new tokens.
+
+        Args:
+            q: [B, T, Hf, D], after norm and RoPE, before any scale. kv: The layer's cache.
+
+        Returns:
+            [B, T, Hf, D] or None, and whether gate and norm are done already.
+        """
+        to, T, args = step.backend, q.shape[1], mixer.args
+        if not isinstance(getattr(kv, "offset", None), int) or not hasattr(kv, "keys"):
+            self.paths["FA"] = ("operations", f"a {type(kv).__name__}")
+            return None, False
+        held, groups, many = KeyValues.of(kv), mixer.heads.kv_of_fa, T > fa_decode.MAX_TOKENS
+        if many:
+            verdict = fa_prefill.eligible(q, held, groups, step.fa_mask)
+        else:
+            verdict = fa_decode.eligible(q, held, groups, step.fa_mask, p.gate_fa)
+            least = PLAIN_FROM[to.route]
+            if verdict[0] and held.bits is None and (least is None or held.S < least):
+                verdict = False, "a plain cache: MLX's own attention"
+        key = ("fa", many or T, q.dtype, _kind(kv))
+        if not self._may(
+            "prefill FA" if many else "decode FA",
+            key,
+            verdict,
+            lambda: first_use.attention(q, kv, groups, many, to),
+        ):
+            return None, False
+        call = (q, held, groups, args.head_dim**-0.5, args.logit_scale_a)
+        if many:
+            return fa_prefill.run(*call, route=to.route, executor=to.run), False
+        y = fa_decode.run(
+            *call, None, p.gate_fa, args.fa_gate_position, args.fusion_norm,
+            mixer.weight("fa_norm"), to.route, to.run, cores=to.cores,
+        )  # fmt: skip
+        return y, True
+
+
+def _kind(kv: Any) -> tuple | None:
+    """What the kernels are specialised for in a cache; None for none or an empty one."""
+    if kv is None or getattr(kv, "keys", None) is None or not isinstance(kv.offset, int):
+        return None
+    if not kv.offset:
+        return None
+    held = KeyValues.of(kv)
+    return held.dtype, held.bits, held.group_size
+
+
+def _store(arrays: Any, tail: mx.array, state: mx.array, T: int):
+    if arrays is not None:
+        arrays[CONV], arrays[STATE] = tail, state
+        arrays.advance(T)
+
+
+def summary(model: Any) -> str | None:
+    """In words, what the layers of a model ran last and why; None for other models."""
+    mixers = [getattr(layer, "self_attn", None) for layer in getattr(model, "layers", ())]
+    kernels = [m.kernels for m in mixers if isinstance(getattr(m, "kernels", None), LayerKernels)]
+    if not kernels:
+        return None
+    way, why = dispatch.route()
+    if way == "ops":
+        return f"operations ({why})"
+    found = Counter((name, *path) for k in kernels for name, path in k.paths.items())
+    parts = [
+        f"{name}: {what} in {n} layers ({why})" for (name, what, why), n in sorted(found.items())
+    ]
+    return f"{way}; " + "; ".join(parts)
