@@ -1,8 +1,8 @@
 """First-use checks: each kernel specialisation on a small random input, against its twin.
 
-The twin is the mixer's own operations in float32, whatever the model's dtype, so that the difference
-is the kernel's rounding and little else. MLX may compute float32 products as TF32 on some GPUs; the
-limits leave room for that.
+The twin is the mixer's own operations in float32, whatever the model's dtype, so that the
+difference is the kernel's rounding and little else. MLX may compute float32 products as TF32 on
+some GPUs; the limits leave room for that.
 """
 
 from typing import Any
