@@ -53,7 +53,7 @@ COMBINE = Kernel(
     ("part", "stats", "gate", "weight", "splits"),
     ("y", "lse"),
     scalars=("splits",),
-    headers=("fa_common.h",),
+    headers=("fa_common.h", "fa_combine.h"),
 )
 
 

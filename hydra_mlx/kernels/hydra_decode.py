@@ -39,7 +39,7 @@ COMBINE = Kernel(
     ("part", "stats", "y_la", "x", "weight", "splits", "Hf", "N", "W", "gate_row"),
     ("y",),
     scalars=("splits", "Hf", "N", "W", "gate_row"),
-    headers=("fa_common.h",),
+    headers=("fa_common.h", "fa_combine.h"),
 )
 
 
