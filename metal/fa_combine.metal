@@ -1,7 +1,7 @@
 // Softmax attention over a long cache, second pass: joins the splits, then gate and fusion norm.
 //
 // threadgroup (b, t, h):
-//   o = sum 2^(m - M) part / Z            fa_join, see fa_combine.h: M = max of m, Z = sum l 2^(m - M)
+//   M = max over splits of m;  Z = sum l 2^(m - M);  o = sum 2^(m - M) part / Z      (fa_combine.h)
 //   SIMD-group 0: y = norm(o * sigmoid(gate)) or norm(o) * sigmoid(gate);  lse = ln 2 (M + log2 Z)
 //
 // inputs   part [B, T, Hf, splits, DV] float, stats [B, T, Hf, splits, 2] float of fa_decode.metal
@@ -21,8 +21,8 @@ const int sg = static_cast<int>(simdgroup_index_in_threadgroup);
 
 float o[E], top, total;
 fa_join<DV, SG>(
-    part + static_cast<long>(row) * splits * DV, stats, row * splits * 2, splits, memory, lane, sg, o,
-    top, total);
+    part + static_cast<long>(row) * splits * DV, stats, row * splits * 2, splits, memory, lane, sg,
+    o, top, total);
 if (sg == 0) {
   const float one = GATE == 1 ? sigmoid(to_float(gate[row])) : 1.0f;
   float open[E];

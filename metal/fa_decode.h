@@ -2,8 +2,8 @@
 // `first` to `end` once, for up to R query rows, and writes their partial softmax.
 //
 // fa_decode_queries   query rows from device memory into registers (hydra_decode.h has its own way)
-// fa_decode_scan      each SIMD-group has its own stream of keys, in steps of U * 32 / L: L lanes own
-//                     a key, so a lane holds DK / L numbers of it and DV / L of the value
+// fa_decode_scan      each SIMD-group has its own stream of keys, in steps of U * 32 / L: L lanes
+//                     own a key, so a lane holds DK / L numbers of it and DV / L of the value
 //     s[r][u] = q[r] . k[u]                   U independent loads in flight, xor-shuffles over L
 //     m' = max(m, s);  l = l 2^(m - m') + sum 2^(s - m');  acc = acc 2^(m - m') + 2^(s - m') v
 //   at the end: the 32 / L lane groups by shuffles, the SG SIMD-groups through `memory`

@@ -49,6 +49,23 @@ class Launch:
     output_shapes: tuple
     output_dtypes: tuple
 
+    @property
+    def arguments(self) -> dict:
+        """As the built kernel takes them."""
+        return {
+            "inputs": list(self.inputs),
+            "template": list(self.template),
+            "grid": self.grid,
+            "threadgroup": self.threadgroup,
+            "output_shapes": list(self.output_shapes),
+            "output_dtypes": list(self.output_dtypes),
+        }
+
+
+def int_table(flat: list) -> mx.array:
+    """A table of ints for a kernel: 8 numbers at least, MLX puts fewer in constant memory."""
+    return mx.array(flat + [0] * max(0, 8 - len(flat)), mx.int32)
+
 
 def metal_dir() -> Path:
     """The folder of the kernel texts: in the wheel, or beside the package in a checkout.
@@ -102,11 +119,4 @@ def handle(kernel: Kernel, route: str) -> Callable:
 
 def execute(launch: Launch, route: str) -> Any:
     """Run a launch on the GPU; returns its outputs as a list of arrays."""
-    return handle(launch.kernel, route)(
-        inputs=list(launch.inputs),
-        template=list(launch.template),
-        grid=launch.grid,
-        threadgroup=launch.threadgroup,
-        output_shapes=list(launch.output_shapes),
-        output_dtypes=list(launch.output_dtypes),
-    )
+    return handle(launch.kernel, route)(**launch.arguments)
