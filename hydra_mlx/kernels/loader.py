@@ -36,7 +36,9 @@ class Launch:
     """One call of a kernel: everything mx.fast.metal_kernel's callable wants.
 
     Attributes:
-        kernel: The body. inputs: Arrays and ints. template: (name, Dtype, int or bool) pairs.
+        kernel: The body. inputs: Arrays and ints. template: (name, Dtype, int or bool) pairs. They
+            tell every input's dtype, even those no body names: mx.fast.cuda_kernel knows a build by
+            its name and template values alone, and would take that of another dtype for this.
         grid: THREADS in each dimension. threadgroup: Threads of a threadgroup in each.
         output_shapes, output_dtypes: One each for every output.
     """
