@@ -7,9 +7,7 @@ Medians over repeated runs on buffers larger than the caches of the chip; the la
 
 import argparse
 import json
-import statistics
 import sys
-import time
 
 import hydra_mlx  # noqa: F401
 from hydra_mlx.kernels import fa_decode, fa_prefill
@@ -17,17 +15,7 @@ from hydra_mlx.kernels.dispatch import route
 
 import mlx.core as mx
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
-
-
-def median_ms(f, runs: int = 20) -> float:
-    """Median milliseconds of f() after three warm-ups."""
-    times = []
-    for i in range(runs + 3):
-        start = time.perf_counter()
-        mx.eval(f())
-        if i >= 3:
-            times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
+from timing import median_ms
 
 
 def error(a: mx.array, b: mx.array) -> float:

@@ -7,9 +7,7 @@ B=1, H=12, D=128. Medians of calls with their synchronisation; the last line is 
 
 import argparse
 import json
-import statistics
 import sys
-import time
 
 import hydra_mlx  # noqa: F401
 from hydra_mlx.kernels import la_prefill
@@ -17,6 +15,7 @@ from hydra_mlx.kernels.dispatch import relative_rms, route
 from hydra_mlx.ops import gated_delta
 
 import mlx.core as mx
+from timing import median_ms
 
 
 def inputs(T: int, dtype: mx.Dtype, H: int = 12, D: int = 128) -> list:
@@ -31,17 +30,6 @@ def inputs(T: int, dtype: mx.Dtype, H: int = 12, D: int = 128) -> list:
     out = [*(x.astype(dtype) for x in (q, k, v)), g, beta, state]
     mx.eval(out)
     return out
-
-
-def median_ms(f, runs: int = 15) -> float:
-    """Median milliseconds of f() after three warm-ups."""
-    times = []
-    for i in range(runs + 3):
-        start = time.perf_counter()
-        mx.eval(f())
-        if i >= 3:
-            times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
 
 
 def main(argv=None) -> int:

@@ -1,12 +1,12 @@
-// First pass of split-K attention: one threadgroup reads the keys and values of ONE key/value head
-// from `first` to `end` once, for up to R query rows, and writes their partial softmax.
+// Scan of split-K attention: one threadgroup reads the keys and values of ONE key/value head from
+// `first` to `end` once, for up to R query rows, and writes their partial softmax.
 //
-// fa_decode_split<X, C, BITS, GROUP, DK, DV, L, R, U, SG>(...)
-//   each SIMD-group has its own stream of keys, in steps of U * 32 / L: L lanes own a key, so a
-//   lane holds DK / L numbers of it and DV / L of the value
+// fa_decode_queries   query rows from device memory into registers (hydra_decode.h has its own way)
+// fa_decode_scan      each SIMD-group has its own stream of keys, in steps of U * 32 / L: L lanes
+//                     own a key, so a lane holds DK / L numbers of it and DV / L of the value
 //     s[r][u] = q[r] . k[u]                   U independent loads in flight, xor-shuffles over L
 //     m' = max(m, s);  l = l 2^(m - m') + sum 2^(s - m');  acc = acc 2^(m - m') + 2^(s - m') v
-//   at the end: merge the 32 / L lane groups by shuffles, the SG SIMD-groups through `memory`
+//   at the end: the 32 / L lane groups by shuffles, the SG SIMD-groups through `memory`
 // All scores are base-2 logarithms. A step that every query sees in full skips all masks.
 //
 // X       dtype of q;  C dtype of the cache (of scales and biases when quantised)
@@ -16,13 +16,38 @@
 // R       query rows, U keys of a lane group in a step, SG SIMD-groups of the threadgroup
 // q       [T, Hf, DK] of this sequence; k_words, v_words [S_alloc, D*BITS/32] of this key/value
 //         head, scales and biases [S_alloc, D/GROUP] likewise (never read unless quantised)
-// rows    R numbers t * Hf + h, the query rows of this call; -1 for none
+// row     R numbers t * Hf + h, the query rows of this call; -1 for none
+// query   [R, DK / L] this lane's numbers of each row: scaled for base 2 and by fa_field_scale;
+//         q_sum [R] their sum before fa_field_scale;  limit [R]: the row sees keys below
+// full    every row sees all keys below
 // part    [T*Hf, splits, DV], stats [T*Hf, splits, 2] (maximum, sum) of this sequence, float
 // T, S    query tokens and valid keys; query t sees keys below S - T + t + 1
 // scale   multiplies scores;  a, offset: log-length scale at position offset + t, off when a is 0
 // memory  SG * (DV + 2) floats of threadgroup memory, free on entry (barrier before a reuse)
 // Every thread of the threadgroup must call it: 32 * SG threads. An empty split (first >= end) is
 // allowed and writes a partial of weight 0.
+
+template <typename X, int BITS, int DK, int L, int R>
+HYDRA_FN void fa_decode_queries(
+    const device X* q, const thread int* row, int T, int Hf, int S, int end, float scale, float a,
+    int offset, int lane, thread float* query, thread float* q_sum, thread int* limit) {
+  constexpr int EK = DK / L;
+  const int j = lane % L;
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int t = row[r] < 0 ? 0 : row[r] / Hf;
+    limit[r] = metal::min(end, S - T + t + 1);
+    q_sum[r] = 0.0f;
+    // Scores in base 2: exp2 is the cheaper exponential.
+    const float s = scale * fa_log_length(offset + t, a) * 1.44269504088896341f;
+#pragma unroll
+    for (int i = 0; i < EK; ++i) {
+      const float x = row[r] < 0 ? 0.0f : s * to_float(q[row[r] * DK + j * EK + i]);
+      q_sum[r] += x;
+      query[r * EK + i] = x * fa_field_scale<BITS>(i);
+    }
+  }
+}
 
 template <typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, bool TAIL>
 HYDRA_FN void fa_decode_step(
@@ -118,40 +143,25 @@ HYDRA_FN void fa_decode_step(
   }
 }
 
-template <typename X, typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, int SG>
-HYDRA_FN void fa_decode_split(
-    const device X* q, const device uint* k_words, const device C* k_scales,
+template <typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, int SG>
+HYDRA_FN void fa_decode_scan(
+    const thread float* query, const thread float* q_sum, const thread int* limit,
+    const thread int* row, const device uint* k_words, const device C* k_scales,
     const device C* k_biases, const device uint* v_words, const device C* v_scales,
-    const device C* v_biases, const device int* rows, device float* part, device float* stats,
-    int T, int Hf, int S, int first, int end, int split, int splits, float scale, float a,
-    int offset, threadgroup float* memory, uint lane_index, uint simdgroup_index) {
-  constexpr int EK = DK / L, EV = DV / L;
+    const device C* v_biases, device float* part, device float* stats, int full, int first, int end,
+    int split, int splits, threadgroup float* memory, int lane, int sg) {
+  constexpr int EV = DV / L;
   constexpr int KEYS = U * 32 / L;  // of a SIMD-group's step
-  const int lane = static_cast<int>(lane_index), sg = static_cast<int>(simdgroup_index);
   const int j = lane % L;
 
-  float query[R * EK], q_sum[R], m[R], l[R], acc[R * EV], acc_bias[R];
-  int row[R], limit[R];
+  float m[R], l[R], acc[R * EV], acc_bias[R];
 #pragma unroll
   for (int r = 0; r < R; ++r) {
-    row[r] = rows[r];
-    const int t = row[r] < 0 ? 0 : row[r] / Hf;
-    limit[r] = metal::min(end, S - T + t + 1);
     m[r] = FA_START;
-    l[r] = acc_bias[r] = q_sum[r] = 0.0f;
-    // Scores in base 2: exp2 is the cheaper exponential.
-    const float s = scale * fa_log_length(offset + t, a) * 1.44269504088896341f;
-#pragma unroll
-    for (int i = 0; i < EK; ++i) {
-      const float x = row[r] < 0 ? 0.0f : s * to_float(q[row[r] * DK + j * EK + i]);
-      q_sum[r] += x;
-      query[r * EK + i] = x * fa_field_scale<BITS>(i);
-    }
+    l[r] = acc_bias[r] = 0.0f;
 #pragma unroll
     for (int i = 0; i < EV; ++i) acc[r * EV + i] = 0.0f;
   }
-
-  const int full = metal::min(end, S - T + 1);  // keys below are seen by every query
   for (int base = first + sg * KEYS; base < end; base += SG * KEYS) {
     if (base + KEYS <= full) {
       fa_decode_step<C, BITS, GROUP, DK, DV, L, R, U, false>(

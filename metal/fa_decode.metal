@@ -2,7 +2,7 @@
 //
 // threadgroup (b, split, item):
 //   kv, rows = work[item]              one key/value head, up to R of the query rows that read it
-//   fa_decode_split over keys split * split_keys ..., see fa_decode.h
+//   fa_decode_scan over keys split * split_keys ..., see fa_decode.h
 // Query rows (head, token) of one key/value head share every load; more than R of them make several
 // items, which are neighbours in the grid so that caches serve the later ones.
 //
@@ -25,16 +25,24 @@ const int split = index / items % splits;
 const int b = index / items / splits;
 const device int* my_work = work + item * (1 + R);
 const long head = b * Hk + my_work[0];
-const int first = split * split_keys;
+const int first = split * split_keys, end = metal::min(first + split_keys, S);
+const int lane = static_cast<int>(thread_index_in_simdgroup);
 
-fa_decode_split<X, C, BITS, GROUP, DK, DV, L, R, U, SG>(
-    q + b * T * Hf * DK,
+int row[R], limit[R];
+float query[R * (DK / L)], q_sum[R];
+for (int r = 0; r < R; ++r) row[r] = my_work[1 + r];
+fa_decode_queries<X, BITS, DK, L, R>(
+    q + b * T * Hf * DK, row, T, Hf, S, end, floats[0], floats[1], offset, lane, query, q_sum,
+    limit);
+
+fa_decode_scan<C, BITS, GROUP, DK, DV, L, R, U, SG>(
+    query, q_sum, limit, row,
     reinterpret_cast<const device uint*>(keys) + head * S_alloc * (DK * BITS / 32),
     reinterpret_cast<const device C*>(k_scales) + head * S_alloc * (DK / GROUP),
     reinterpret_cast<const device C*>(k_biases) + head * S_alloc * (DK / GROUP),
     reinterpret_cast<const device uint*>(values) + head * S_alloc * (DV * BITS / 32),
     reinterpret_cast<const device C*>(v_scales) + head * S_alloc * (DV / GROUP),
-    reinterpret_cast<const device C*>(v_biases) + head * S_alloc * (DV / GROUP), my_work + 1,
-    part + b * T * Hf * splits * DV, stats + b * T * Hf * splits * 2, T, Hf, S, first,
-    metal::min(first + split_keys, S), split, splits, floats[0], floats[1], offset, memory,
-    thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
+    reinterpret_cast<const device C*>(v_biases) + head * S_alloc * (DV / GROUP),
+    part + b * T * Hf * splits * DV, stats + b * T * Hf * splits * 2,
+    metal::min(end, S - T + 1),  // every query sees the keys below
+    first, end, split, splits, memory, lane, static_cast<int>(simdgroup_index_in_threadgroup));

@@ -25,49 +25,16 @@ if (h == Hf) {
     out[Hf * D + i] = y_la[token * N + i];
 } else {
   const int row = token * Hf + h;
-  const device float* my_part = part + static_cast<long>(row) * splits * D + lane;
-  const int first = row * splits * 2;  // in stats, which may be too small to be a device pointer
-
-  float m = FA_START, l = 0.0f;
-  for (int s = lane; s < splits; s += 32) {
-    const float m2 = stats[first + 2 * s];
-    const float larger = max(m, m2);
-    l = l * exp2(m - larger) + stats[first + 2 * s + 1] * exp2(m2 - larger);
-    m = larger;
-  }
-  const float top = simd_max(m);
-  const float total = simd_sum(l * exp2(m - top));
-
-  float o[M];
-  for (int i = 0; i < M; ++i) o[i] = 0.0f;
-#pragma unroll 4
-  for (int s = sg; s < splits; s += SG) {
-    const float w = exp2(stats[first + 2 * s] - top);
-    for (int i = 0; i < M; ++i) o[i] = fma(w, my_part[s * D + 32 * i], o[i]);
-  }
-  for (int i = 0; i < M; ++i) memory[sg * D + 32 * i + lane] = o[i];
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-
+  float o[M], top, total;
+  fa_join<D, SG>(
+      part + static_cast<long>(row) * splits * D, stats, row * splits * 2, splits, memory, lane, sg,
+      o, top, total);
   if (sg == 0) {
     const device X* gate = x + token * W + gate_row;
+    const float one = GATE == 1 ? sigmoid(to_float(gate[h])) : 1.0f;
     float open[M];
-    float square = 0.0f;
-    for (int i = 0; i < M; ++i) {
-      float sum = 0.0f;
-      for (int g = 0; g < SG; ++g) sum += memory[g * D + 32 * i + lane];
-      o[i] = sum / total;
-      open[i] = 1.0f;
-      if (GATE == 1) open[i] = sigmoid(to_float(gate[h]));
-      if (GATE == 2) open[i] = sigmoid(to_float(gate[h * D + 32 * i + lane]));
-      if (!POST) o[i] *= open[i];
-      square += o[i] * o[i];
-    }
-    const float inverse = NORM ? metal::precise::rsqrt(simd_sum(square) / D + 1e-6f) : 1.0f;
-    for (int i = 0; i < M; ++i) {
-      float z = o[i] * inverse;
-      if (NORM == 2) z *= to_float(weight[32 * i + lane]);
-      if (POST) z *= open[i];
-      out[h * D + 32 * i + lane] = from_float<X>(z);
-    }
+    for (int i = 0; i < M; ++i)
+      open[i] = GATE == 2 ? sigmoid(to_float(gate[h * D + 32 * i + lane])) : one;
+    fa_fuse<D, POST, NORM>(o, open, weight, out + h * D, lane);
   }
 }

@@ -5,7 +5,7 @@
 // then B*Hk:                          new keys (normed) and values of one head, for the cache
 // then B*(splits+1)*items:            FA: work[item] names a key/value head and up to R query rows
 //   q = norm(x), RoPE, log-length scale           -> threadgroup memory
-//   split <  splits: scan cached keys split * split_keys ...  (hydra_decode.h)
+//   split <  splits: scan cached keys split * split_keys ...  (fa_decode.h)
 //   split == splits: the T new keys, from x
 // The cache need not hold the new tokens: storing them does not gate this kernel.
 //
@@ -123,14 +123,19 @@ if (index < B * Hl) {
         simdgroup_index_in_threadgroup);
   } else {
     const long head = b * Hk + kv;
-    hydra_split<C, BITS, GROUP, D, L, R, U, SG>(
-        memory, reinterpret_cast<const device uint*>(keys) + head * allocated * (D * BITS / 32),
+    const int end = min(first + plan[3], cached);
+    int row[R], limit[R];
+    float query[R * (D / L)], q_sum[R];
+    for (int r = 0; r < R; ++r) row[r] = rows[r];
+    hydra_queries<BITS, D, L, R>(memory, end, lane, query, q_sum, limit);
+    fa_decode_scan<C, BITS, GROUP, D, D, L, R, U, SG>(
+        query, q_sum, limit, row,
+        reinterpret_cast<const device uint*>(keys) + head * allocated * (D * BITS / 32),
         reinterpret_cast<const device C*>(k_scales) + head * allocated * (D / GROUP),
         reinterpret_cast<const device C*>(k_biases) + head * allocated * (D / GROUP),
         reinterpret_cast<const device uint*>(values) + head * allocated * (D * BITS / 32),
         reinterpret_cast<const device C*>(v_scales) + head * allocated * (D / GROUP),
-        reinterpret_cast<const device C*>(v_biases) + head * allocated * (D / GROUP), rows, my_part,
-        my_stats, first, min(first + plan[3], cached), split, splits + 1, rest,
-        thread_index_in_simdgroup, simdgroup_index_in_threadgroup);
+        reinterpret_cast<const device C*>(v_biases) + head * allocated * (D / GROUP), my_part,
+        my_stats, end, first, end, split, splits + 1, rest, lane, sg);
   }
 }

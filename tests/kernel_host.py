@@ -26,15 +26,5 @@ def host_run(launch: Launch, check: bool = False, count: bool = False, timeout: 
         (outputs, LaunchCounts); bytes are counted with check or count only.
     """
     kernel = _built(launch.kernel)
-    out = kernel(
-        inputs=list(launch.inputs),
-        template=list(launch.template),
-        grid=launch.grid,
-        threadgroup=launch.threadgroup,
-        output_shapes=list(launch.output_shapes),
-        output_dtypes=list(launch.output_dtypes),
-        check=check,
-        count=count,
-        timeout=timeout,
-    )
+    out = kernel(**launch.arguments, check=check, count=count, timeout=timeout)
     return out, kernel.last_counts

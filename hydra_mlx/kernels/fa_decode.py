@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from .cost import Cost
-from .loader import Kernel, Launch, execute
+from .loader import Kernel, Launch, execute, int_table
 
 MAX_TOKENS = 8
 HEAD_DIMS = (64, 128)
@@ -53,7 +53,7 @@ COMBINE = Kernel(
     ("part", "stats", "gate", "weight", "splits"),
     ("y", "lse"),
     scalars=("splits",),
-    headers=("fa_common.h",),
+    headers=("fa_common.h", "fa_combine.h"),
 )
 
 
@@ -113,6 +113,16 @@ class KeyValues:
         per = 32 // self.bits
         return self.keys[0].shape[-1] * per, self.values[0].shape[-1] * per
 
+    def buffers(self, other: mx.array) -> tuple:
+        """Six inputs of a kernel: keys, their scales and biases, values likewise.
+
+        Args:
+            other: Stands in for scales and biases of a plain cache.
+        """
+        if self.bits is None:
+            return (self.keys, other, other, self.values, other, other)
+        return self.parts
+
     @property
     def row_bytes(self) -> int:
         """Bytes of one key and one value."""
@@ -140,6 +150,23 @@ def check_cache(kv: KeyValues, heads: int) -> str:
     return ""
 
 
+def check_queries(q: mx.array, kv: KeyValues, kv_of_fa: tuple, mask: Any) -> str:
+    """Why causal attention of these queries over this cache cannot be done, or ""."""
+    B, T, Hf, _ = q.shape
+    if isinstance(mask, mx.array):
+        return "an array as mask"
+    if T > 1 and mask != "causal":
+        return "several tokens without a causal mask"
+    if q.dtype not in DTYPES:
+        return f"queries are {q.dtype}"
+    why_not = check_cache(kv, Hf)
+    if why_not:
+        return why_not
+    if len(kv_of_fa) != Hf or kv.parts[0].shape[0] != B or kv.S < T:
+        return f"queries {q.shape} do not fit the cache"
+    return ""
+
+
 def eligible(
     q: mx.array,
     kv: KeyValues,
@@ -153,23 +180,22 @@ def eligible(
         q: [B, T, Hf, Dk]. kv: The cache, new tokens included. kv_of_fa: LayerHeads.kv_of_fa.
         mask: Step.fa_mask, "causal" unless T is 1. gate: [B, T, Hf, Dv or 1] or None.
     """
-    B, T, Hf, D = q.shape
-    if T > MAX_TOKENS:
-        return False, f"{T} tokens, at most {MAX_TOKENS}"
-    if isinstance(mask, mx.array):
-        return False, "an array as mask"
-    if T > 1 and mask != "causal":
-        return False, "several tokens without a causal mask"
-    if q.dtype not in DTYPES:
-        return False, f"queries are {q.dtype}"
+    if q.shape[1] > MAX_TOKENS:
+        return False, f"{q.shape[1]} tokens, at most {MAX_TOKENS}"
     if gate is not None and gate.dtype not in DTYPES:
         return False, f"gate is {gate.dtype}"
-    why_not = check_cache(kv, Hf)
-    if why_not:
-        return False, why_not
-    if len(kv_of_fa) != Hf or D != kv.dims[0] or kv.parts[0].shape[0] != B or kv.S < T:
-        return False, f"queries {q.shape} do not fit the cache"
-    return True, f"T <= {MAX_TOKENS}"
+    why_not = check_queries(q, kv, kv_of_fa, mask)
+    if not why_not and q.shape[-1] != kv.dims[0]:
+        why_not = f"head dims {q.shape[-1]}, {kv.dims} do not fit"
+    return not why_not, why_not or f"T <= {MAX_TOKENS}"
+
+
+def readers(kv_of_fa: tuple) -> list:
+    """[(key/value head, FA heads that read it)], sorted."""
+    heads = {}
+    for h, kv in enumerate(kv_of_fa):
+        heads.setdefault(kv, []).append(h)
+    return [(kv, tuple(hs)) for kv, hs in sorted(heads.items())]
 
 
 @lru_cache(maxsize=256)
@@ -181,22 +207,19 @@ def work_table(kv_of_fa: tuple, T: int, max_rows: int = MAX_ROWS) -> tuple:
         kernel's int32 array, unused rows -1, padded to 8 numbers.
     """
     Hf = len(kv_of_fa)
-    readers = {}
-    for h, kv in enumerate(kv_of_fa):
-        readers.setdefault(kv, []).append(h)
     items = []
-    for kv, heads in sorted(readers.items()):
+    for kv, heads in readers(kv_of_fa):
         rows = [t * Hf + h for t in range(T) for h in heads]
         parts = -(-len(rows) // max_rows)
         each = -(-len(rows) // parts)
         items += [(kv, tuple(rows[i : i + each])) for i in range(0, len(rows), each)]
     R = max(len(rows) for _, rows in items)
     flat = [n for kv, rows in items for n in (kv, *rows, *[-1] * (R - len(rows)))]
-    return R, tuple(items), mx.array(flat + [0] * max(0, 8 - len(flat)), mx.int32)
+    return R, tuple(items), int_table(flat)
 
 
 @lru_cache(maxsize=16)
-def _floats(scale: float, a: float) -> mx.array:
+def score_floats(scale: float, a: float) -> mx.array:
     return mx.array([scale, a], mx.float32)
 
 
@@ -254,15 +277,11 @@ def launch(
     L, U = tile(kv, R)
     L, U = lanes or L, unroll or U
     n, keys = splits or split_plan(kv.S, B * len(items), U * 32 // L * simdgroups, cores)
-    if kv.bits is None:
-        buffers = (kv.keys, q, q, kv.values, q, q)
-    else:
-        buffers = kv.parts
     offset = kv.S - T if offset is None else int(offset)
     return Launch(
         KERNEL,
         (
-            q, *buffers, work, _floats(float(scale), float(a or 0.0)),
+            q, *kv.buffers(q), work, score_floats(float(scale), float(a or 0.0)),
             T, Hf, kv.heads, kv.S, kv.allocated, len(items), n, keys, offset,
         ),
         (
@@ -367,17 +386,9 @@ def cost(first: Launch, second: Launch | None = None) -> Cost:
     q = first.inputs[0]
     B, T, Hf, Dk = q.shape
     S, _, items, splits, keys, _ = first.inputs[-6:]
-    Dv, L, U, R, SG, bits = (t[n] for n in ("DV", "L", "U", "R", "SG", "BITS"))
+    Dv, L, R, SG = (t[n] for n in ("DV", "L", "R", "SG"))
     lanes = 32 * SG
-    step = U * 32 // L
-    read_keys = sum(
-        -(-(min(S, i * keys + keys) - i * keys) // step) * step
-        for i in range(splits)
-        if i * keys < S
-    )
-    row = (Dk + Dv) * bits // 8
-    if bits < 16:
-        row += 4 * L * t["C"].size
+    read_keys, row = scanned_keys(t, S, splits, keys), scanned_bytes(t, Dk, Dv)
     groups = B * splits
     read = groups * items * lanes * (1 + R) * 4 + groups * T * Hf * SG * 32 // L * Dk * q.itemsize
     read += B * items * read_keys * row
@@ -387,14 +398,32 @@ def cost(first: Launch, second: Launch | None = None) -> Cost:
     return total if second is None else total + combine_cost(second)
 
 
+def scanned_keys(template: dict, S: int, splits: int, keys: int) -> int:
+    """Keys that one column of threadgroups loads: whole steps of each split."""
+    step = template["U"] * 32 // template["L"]
+    held = [min(S, i * keys + keys) - i * keys for i in range(splits) if i * keys < S]
+    return sum(-(-n // step) * step for n in held)
+
+
+def scanned_bytes(template: dict, Dk: int, Dv: int) -> int:
+    """Bytes loaded for a key and its value."""
+    row = (Dk + Dv) * template["BITS"] // 8
+    return row + (4 * template["L"] * template["C"].size if template["BITS"] < 16 else 0)
+
+
+def join_bytes(template: dict, splits: int, D: int, gate: mx.Dtype, weight: mx.Dtype) -> int:
+    """Bytes that fa_combine.h reads for one row, gate and norm weight among them."""
+    read = splits * (8 * template["SG"] + 4 * 32 + 4 * D)
+    read += {0: 0, 1: 32, 2: D}[template["GATE"]] * gate.size
+    return read + (template["NORM"] == 2) * D * weight.size
+
+
 def combine_cost(second: Launch) -> Cost:
     """Work of the second pass."""
     t = dict(second.template)
     B, T, Hf, splits, Dv = second.inputs[0].shape
     SG, rows = t["SG"], B * T * Hf
-    read = splits * (8 * SG + 4 * 32 + 4 * Dv)
-    read += {0: 0, 1: 32, 2: Dv}[t["GATE"]] * t["G"].size
-    read += (t["NORM"] == 2) * Dv * t["W"].size
+    read = join_bytes(t, splits, Dv, t["G"], t["W"])
     return Cost(
         rows * read, rows * (Dv * t["X"].size + 4), 2 * rows * splits * Dv, SG * Dv * 4, 1
     )  # fmt: skip

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from .cost import Cost
-from .fa_decode import DTYPES, KeyValues, _floats, check_cache
-from .loader import Kernel, Launch, execute
+from .fa_decode import KeyValues, check_queries, readers, score_floats
+from .loader import Kernel, Launch, execute, int_table
 
 # A tile is 8 query rows a SIMD-group: 64 rows share each dequantised tile. A lane keeps D / 4
 # numbers each of q and o, 64 registers at D = 128 (ptxas for sm_90: 225 in all, no spills).
@@ -40,22 +40,14 @@ def eligible(q: mx.array, kv: KeyValues, kv_of_fa: tuple, mask: Any = None) -> t
         q: [B, T, Hf, D]. kv: The cache, new tokens included. kv_of_fa: LayerHeads.kv_of_fa.
         mask: Step.fa_mask, "causal" unless T is 1.
     """
-    B, T, Hf, D = q.shape
+    _, T, Hf, D = q.shape
     if kv.bits is None:
         return False, "the cache is not quantised"
-    if isinstance(mask, mx.array):
-        return False, "an array as mask"
-    if T > 1 and mask != "causal":
-        return False, "several tokens without a causal mask"
-    if q.dtype not in DTYPES:
-        return False, f"queries are {q.dtype}"
-    why_not = check_cache(kv, Hf)
+    why_not = check_queries(q, kv, kv_of_fa, mask)
     if why_not:
         return False, why_not
     if kv.dims != (D, D):
         return False, f"head dims {D}, {kv.dims}: must be equal"
-    if len(kv_of_fa) != Hf or kv.parts[0].shape[0] != B or kv.S < T:
-        return False, f"queries {q.shape} do not fit the cache"
     if T * Hf >= 2**31 - 2**16:
         return False, f"{T} tokens"
     return True, f"cache of {kv.bits} bits"
@@ -68,13 +60,10 @@ def head_table(kv_of_fa: tuple) -> tuple:
     Returns:
         ((key/value head, FA heads), ...), most readers of one, and the kernel's int32 array.
     """
-    readers = {}
-    for h, kv in enumerate(kv_of_fa):
-        readers.setdefault(kv, []).append(h)
-    most = max(len(heads) for heads in readers.values())
-    table = tuple((kv, tuple(heads)) for kv, heads in sorted(readers.items()))
+    table = tuple(readers(kv_of_fa))
+    most = max(len(heads) for _, heads in table)
     flat = [n for kv, hs in table for n in (kv, len(hs), *hs, *[0] * (most - len(hs)))]
-    return table, most, mx.array(flat + [0] * max(0, 8 - len(flat)), mx.int32)
+    return table, most, int_table(flat)
 
 
 def launch(
@@ -105,7 +94,7 @@ def launch(
     return Launch(
         KERNEL,
         (
-            q, *kv.parts, heads, _floats(float(scale), float(a or 0.0)),
+            q, *kv.parts, heads, score_floats(float(scale), float(a or 0.0)),
             T, Hf, kv.heads, kv.S, kv.allocated, most, tiles, offset,
         ),
         (

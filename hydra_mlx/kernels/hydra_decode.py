@@ -39,7 +39,7 @@ COMBINE = Kernel(
     ("part", "stats", "y_la", "x", "weight", "splits", "Hf", "N", "W", "gate_row"),
     ("y",),
     scalars=("splits", "Hf", "N", "W", "gate_row"),
-    headers=("fa_common.h",),
+    headers=("fa_common.h", "fa_combine.h"),
 )
 
 
@@ -199,7 +199,7 @@ def launch(
         step = U * 32 // L * simdgroups
         n, keys = splits or fa_decode.split_plan(kv.S, B * len(items), step, cores)
         S, allocated = kv.S, kv.allocated
-        buffers = kv.parts if kv.bits else (kv.keys, x, x, kv.values, x, x)
+        buffers = kv.buffers(x)
     *la_inputs, _ = la_decode.la_inputs(la, x, ab, tail, state)
     la_shapes, la_dtypes = la_decode.la_outputs(la, B, T, x.dtype)
     groups = B * (la.heads + Hk + (n + 1) * len(items))
@@ -295,13 +295,11 @@ def cost(first: Launch, second: Launch, layer: HydraLayer) -> Cost:
     t = dict(first.template)
     la, x, ab = layer.la, first.inputs[0], first.inputs[1]
     B, T, _ = x.shape
-    D, L, U, R, SG, bits, item = (*(t[n] for n in ("D", "L", "U", "R", "SG", "BITS")), x.itemsize)
+    D, R, SG, item = t["D"], t["R"], t["SG"], x.itemsize
     Hf, Hk, lanes = layer.Hf, layer.Hk, 32 * t["SG"]
     _, items, _ = fa_decode.work_table(layer.kv_of_fa, T, R)
     S, _, n, keys = (int(i) for i in first.inputs[-1])
-    step = U * 32 // L
-    scanned = sum(-(-(min(S, i * keys + keys) - i * keys) // step) * step for i in range(n))
-    row = 2 * D * bits // 8 + (4 * L * t["C"].size if bits < 16 else 0)
+    scanned, row = fa_decode.scanned_keys(t, S, n, keys), fa_decode.scanned_bytes(t, D, D)
     turn = 2 * D if layer.fa_rope else 0  # D/2 frequencies of 4 bytes
     q_vector = D * item + turn + (D * t["FQ"].size if t["FA_NORM"] else 0)
     k_vector = 2 * D * item + turn + (D * t["FK"].size if t["FA_NORM"] else 0)  # and its value
@@ -324,9 +322,7 @@ def combine_cost(second: Launch) -> Cost:
     t = dict(second.template)
     B, T, Hf, splits, D = second.inputs[0].shape
     N, item = second.inputs[7], t["X"].size
-    read = splits * (8 * t["SG"] + 4 * 32 + 4 * D)
-    read += {0: 0, 1: 32, 2: D}[t["GATE"]] * item + (t["NORM"] == 2) * D * t["WT"].size
-    read = Hf * read + N * item
+    read = Hf * fa_decode.join_bytes(t, splits, D, t["X"], t["WT"]) + N * item
     return Cost(
         B * T * read, B * T * (Hf * D + N) * item, 2 * B * T * Hf * splits * D, 4 * t["SG"] * D, 1
     )  # fmt: skip

@@ -188,11 +188,7 @@ def offset_array(offset: Any) -> mx.array:
 
 
 def la_template(layer: LaLayer, x: mx.array, ab: mx.array, offset: mx.array) -> tuple:
-    """The template entries that la_decode and hydra_decode share.
-
-    Every input's dtype is among them although the body does not name all: mx.fast.cuda_kernel knows
-    a build by its name and template values alone, and would take that of another dtype for this.
-    """
+    """The template entries that la_decode and hydra_decode share."""
 
     def dtype(a):
         return x.dtype if a is None else a.dtype

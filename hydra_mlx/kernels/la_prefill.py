@@ -127,6 +127,11 @@ def _state(state: mx.array | None) -> mx.array:
     return mx.zeros((8,), mx.float32) if state is None else state.astype(mx.float32)
 
 
+def _types(q: mx.array, k: mx.array) -> tuple:
+    """Template entries that no body names; why they are needed: Launch.template."""
+    return ("TQ", q.dtype), ("TK", k.dtype)
+
+
 def launch_steps(q, k, v, g, beta, state=None, mask=None, tiles: Tiles = TILES) -> Launch:
     """The one launch of the steps; arguments as ops.gated_delta."""
     B, T, Hl, Dk = q.shape
@@ -138,9 +143,9 @@ def launch_steps(q, k, v, g, beta, state=None, mask=None, tiles: Tiles = TILES) 
             T, Hl,
         ),
         template=(
-            ("T", v.dtype), ("DK", Dk), ("DV", Dv), ("LANES", tiles.lanes), ("ROWS", tiles.rows),
-            ("GROUPS", tiles.step_groups), ("TB", tiles.block), ("HAS_MASK", int(mask is not None)),
-            ("HAS_STATE", int(state is not None)),
+            ("T", v.dtype), *_types(q, k), ("DK", Dk), ("DV", Dv), ("LANES", tiles.lanes),
+            ("ROWS", tiles.rows), ("GROUPS", tiles.step_groups), ("TB", tiles.block),
+            ("HAS_MASK", int(mask is not None)), ("HAS_STATE", int(state is not None)),
         ),
         grid=(32 * tiles.step_groups, Dv // tiles.step_slice, B * Hl),
         threadgroup=(32 * tiles.step_groups, 1, 1),
@@ -157,12 +162,15 @@ def launch_local(q, k, g, beta, mask=None, tiles: Tiles = TILES) -> Launch:
     return Launch(
         kernel=LOCAL,
         inputs=(q, k, g.astype(mx.float32), beta.astype(mx.float32), _mask(mask), T, Hl),
-        template=(("T", q.dtype), ("DK", Dk), ("C", C), ("HAS_MASK", int(mask is not None))),
+        template=(
+            ("T", q.dtype), *_types(q, k), ("DK", Dk), ("C", C),
+            ("HAS_MASK", int(mask is not None)),
+        ),
         grid=(2 * C, N, B * Hl),
         threadgroup=(2 * C, 1, 1),
         output_shapes=((B, Hl, N, 2 * C, C), (B, Hl, N, C)),
         output_dtypes=(mx.float32, mx.float32),
-    )
+    )  # fmt: skip
 
 
 def launch_scan(q, k, v, rm, since, state=None, tiles: Tiles = TILES) -> Launch:
@@ -173,8 +181,8 @@ def launch_scan(q, k, v, rm, since, state=None, tiles: Tiles = TILES) -> Launch:
         kernel=SCAN,
         inputs=(q, k, v, rm, since, _state(state), T, Hl),
         template=(
-            ("T", v.dtype), ("DK", Dk), ("DV", Dv), ("C", tiles.C), ("DVS", tiles.slice),
-            ("GROUPS", tiles.groups), ("HAS_STATE", int(state is not None)),
+            ("T", v.dtype), *_types(q, k), ("DK", Dk), ("DV", Dv), ("C", tiles.C),
+            ("DVS", tiles.slice), ("GROUPS", tiles.groups), ("HAS_STATE", int(state is not None)),
         ),
         grid=(32 * tiles.groups, Dv // tiles.slice, B * Hl),
         threadgroup=(32 * tiles.groups, 1, 1),

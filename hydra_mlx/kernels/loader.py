@@ -36,7 +36,9 @@ class Launch:
     """One call of a kernel: everything mx.fast.metal_kernel's callable wants.
 
     Attributes:
-        kernel: The body. inputs: Arrays and ints. template: (name, Dtype, int or bool) pairs.
+        kernel: The body. inputs: Arrays and ints. template: (name, Dtype, int or bool) pairs. They
+            tell every input's dtype, even those no body names: mx.fast.cuda_kernel knows a build by
+            its name and template values alone, and would take that of another dtype for this.
         grid: THREADS in each dimension. threadgroup: Threads of a threadgroup in each.
         output_shapes, output_dtypes: One each for every output.
     """
@@ -48,6 +50,23 @@ class Launch:
     threadgroup: tuple
     output_shapes: tuple
     output_dtypes: tuple
+
+    @property
+    def arguments(self) -> dict:
+        """As the built kernel takes them."""
+        return {
+            "inputs": list(self.inputs),
+            "template": list(self.template),
+            "grid": self.grid,
+            "threadgroup": self.threadgroup,
+            "output_shapes": list(self.output_shapes),
+            "output_dtypes": list(self.output_dtypes),
+        }
+
+
+def int_table(flat: list) -> mx.array:
+    """A table of ints for a kernel: 8 numbers at least, MLX puts fewer in constant memory."""
+    return mx.array(flat + [0] * max(0, 8 - len(flat)), mx.int32)
 
 
 def metal_dir() -> Path:
@@ -102,11 +121,4 @@ def handle(kernel: Kernel, route: str) -> Callable:
 
 def execute(launch: Launch, route: str) -> Any:
     """Run a launch on the GPU; returns its outputs as a list of arrays."""
-    return handle(launch.kernel, route)(
-        inputs=list(launch.inputs),
-        template=list(launch.template),
-        grid=launch.grid,
-        threadgroup=launch.threadgroup,
-        output_shapes=list(launch.output_shapes),
-        output_dtypes=list(launch.output_dtypes),
-    )
+    return handle(launch.kernel, route)(**launch.arguments)
