@@ -1,11 +1,28 @@
-"""Executes a hydra_mlx.kernels Launch by the host runtime, as rung 3 of the ladder."""
+"""Executes a hydra_mlx.kernels Launch by the host runtime, as rung 3 of the ladder.
 
+HYDRA_TEST_ROUTE=cuda or metal makes the same tests run the same launches on that GPU (rungs 4 and
+5); what only the host runtime can say, byte counts, is skipped then.
+"""
+
+import os
 from functools import cache
 
-from hydra_mlx.kernels.loader import Kernel, Launch, body, header
+from hydra_mlx.kernels.loader import Kernel, Launch, body, execute, header
+
+import mlx.core as mx
+import pytest
 
 from .metal_host import metal_kernel
 from .metal_host.kernel import MetalKernel
+
+ROUTE = os.environ.get("HYDRA_TEST_ROUTE", "host")
+
+
+class NotCounted:
+    """Counts of a launch that a GPU ran."""
+
+    def __getattr__(self, name: str):
+        pytest.skip("the host runtime counts, a GPU does not")
 
 
 @cache
@@ -20,11 +37,15 @@ def _built(kernel: Kernel) -> MetalKernel:
 
 
 def host_run(launch: Launch, check: bool = False, count: bool = False, timeout: float = 60.0):
-    """Run a launch on the CPU.
+    """Run a launch on the CPU, or on the GPU of HYDRA_TEST_ROUTE.
 
     Returns:
         (outputs, LaunchCounts); bytes are counted with check or count only.
     """
+    if ROUTE != "host":
+        out = execute(launch, ROUTE)
+        mx.eval(out)
+        return out, NotCounted()
     kernel = _built(launch.kernel)
     out = kernel(**launch.arguments, check=check, count=count, timeout=timeout)
     return out, kernel.last_counts

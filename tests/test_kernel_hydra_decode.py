@@ -53,7 +53,7 @@ def float64_attention(layer, x, kv, S):
     """FA heads in float64 from the same rows and cached keys, [B, T, Hf, D]."""
     la, B, T = layer.la, x.shape[0], x.shape[1]
     D, Hf, Hk, N = la.D, layer.Hf, layer.Hk, la.heads * la.D
-    eps, factor, scale, a = (float(f) for f in layer.floats)
+    eps, factor, scale, a = layer.floats.tolist()[:4]
     at = (4 if la.gate else 3) * N
     q, k, v, gate = np.split(to_numpy(x)[..., at:], np.cumsum([Hf * D, Hk * D, Hk * D]), axis=-1)
     q, k, v = (y.reshape(B, T, -1, D) for y in (q, k, v))

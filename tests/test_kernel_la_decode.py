@@ -106,7 +106,7 @@ def by_reference(layer, x, ab, offset, tail, state):
         qkv, tail = reference.short_conv(qkv, to_numpy(layer.conv_weight), to_numpy(tail))
         qkv = reference.silu(qkv)
     q, k, v = (y.reshape(B, T, Hl, D) for y in np.split(qkv, 3, axis=-1))
-    eps, factor = (float(f) for f in layer.floats)
+    eps, factor = layer.floats.tolist()[:2]
     if layer.q_norm is not None:
         q = reference.rms_norm(q, to_numpy(layer.q_norm), eps)
         k = reference.rms_norm(k, to_numpy(layer.k_norm), eps)

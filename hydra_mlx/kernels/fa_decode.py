@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from .cost import Cost
-from .loader import Kernel, Launch, execute, int_table
+from .loader import Kernel, Launch, execute, few, table
 
 MAX_TOKENS = 8
 HEAD_DIMS = (64, 128)
@@ -215,12 +215,12 @@ def work_table(kv_of_fa: tuple, T: int, max_rows: int = MAX_ROWS) -> tuple:
         items += [(kv, tuple(rows[i : i + each])) for i in range(0, len(rows), each)]
     R = max(len(rows) for _, rows in items)
     flat = [n for kv, rows in items for n in (kv, *rows, *[-1] * (R - len(rows)))]
-    return R, tuple(items), int_table(flat)
+    return R, tuple(items), table(flat)
 
 
 @lru_cache(maxsize=16)
 def score_floats(scale: float, a: float) -> mx.array:
-    return mx.array([scale, a], mx.float32)
+    return few([scale, a], mx.float32)
 
 
 def tile(kv: KeyValues, R: int) -> tuple:

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from .cost import Cost
 from .fa_decode import KeyValues, check_queries, readers, score_floats
-from .loader import Kernel, Launch, execute, int_table
+from .loader import Kernel, Launch, execute, table
 
 # A tile is 8 query rows a SIMD-group: 64 rows share each dequantised tile. A lane keeps D / 4
 # numbers each of q and o, 64 registers at D = 128 (ptxas for sm_90: 225 in all, no spills).
@@ -60,10 +60,10 @@ def head_table(kv_of_fa: tuple) -> tuple:
     Returns:
         ((key/value head, FA heads), ...), most readers of one, and the kernel's int32 array.
     """
-    table = tuple(readers(kv_of_fa))
-    most = max(len(heads) for _, heads in table)
-    flat = [n for kv, hs in table for n in (kv, len(hs), *hs, *[0] * (most - len(hs)))]
-    return table, most, int_table(flat)
+    heads_of = tuple(readers(kv_of_fa))
+    most = max(len(heads) for _, heads in heads_of)
+    flat = [n for kv, hs in heads_of for n in (kv, len(hs), *hs, *[0] * (most - len(hs)))]
+    return heads_of, most, table(flat)
 
 
 def launch(
@@ -88,7 +88,7 @@ def launch(
         Output y [B, T, Hf, D] in the dtype of q, before gate and norm.
     """
     B, T, Hf, D = q.shape
-    table, most, heads = head_table(tuple(kv_of_fa))
+    heads_of, most, heads = head_table(tuple(kv_of_fa))
     tiles = -(-T * most // (8 * simdgroups))
     offset = kv.S - T if offset is None else int(offset)
     return Launch(
@@ -101,7 +101,7 @@ def launch(
             ("X", q.dtype), ("C", kv.dtype), ("BITS", kv.bits), ("GROUP", kv.group_size),
             ("D", D), ("BK", tile_keys or TILE_KEYS[D]), ("SG", simdgroups),
         ),
-        (32 * simdgroups * tiles, len(table), B),
+        (32 * simdgroups * tiles, len(heads_of), B),
         (32 * simdgroups, 1, 1),
         (q.shape,),
         (q.dtype,),
@@ -139,12 +139,12 @@ def cost(call: Launch, kv_of_fa: tuple) -> Cost:
     B, T, Hf, D = q.shape
     S = call.inputs[12]
     BK, SG, bits = t["BK"], t["SG"], t["BITS"]
-    table, _, _ = head_table(tuple(kv_of_fa))
+    heads_of, _, _ = head_table(tuple(kv_of_fa))
     rows_of_tile, tiles = 8 * SG, call.grid[0] // (32 * SG)
     lanes = 32 * SG
     read = flops = 0
     word_bytes = 2 * (4 + 2 * t["C"].size)  # of the key and of the value
-    for _, heads in table:
+    for _, heads in heads_of:
         n = len(heads)
         rows = n * T
         for first in range(0, tiles * rows_of_tile, rows_of_tile):

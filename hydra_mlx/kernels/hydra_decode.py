@@ -17,7 +17,7 @@ from . import fa_decode, la_decode
 from .cost import Cost
 from .fa_decode import KeyValues
 from .la_decode import LaLayer
-from .loader import Kernel, Launch, execute
+from .loader import Kernel, Launch, execute, few
 
 # The scan of keys rules a step, so threadgroups have its size: 8 SIMD-groups. An LA head then keeps
 # 64 floats of state a lane at D = 128, which a threadgroup of 256 has registers for.
@@ -87,7 +87,7 @@ class HydraLayer:
             k_norm=mixer.weight("fa_k_norm") if args.fa_qk_norm else None,
             inv_freq=None if inv_freq is None else mx.array(inv_freq),
             fa_rope=args.fa_rope,
-            floats=mx.array(floats, mx.float32),
+            floats=few(floats, mx.float32),
             out_norm=mixer.weight("fa_norm"),
             gate=args.fa_gate,
             position=args.fa_gate_position,
@@ -154,7 +154,7 @@ def eligible(
 @lru_cache(maxsize=64)
 def _ints(*values: int) -> mx.array:
     """A small int32 array; the layers of a step share it."""
-    return mx.array(values, mx.int32)
+    return few(list(values))
 
 
 def launch(

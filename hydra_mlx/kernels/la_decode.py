@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.models import rope_utils
 
 from .cost import Cost
-from .loader import Kernel, Launch, execute
+from .loader import Kernel, Launch, execute, few
 
 MAX_TOKENS = 8
 HEAD_DIMS = (64, 128)
@@ -126,7 +126,7 @@ class LaLayer:
             k_norm=mixer.weight("la_k_norm") if args.la_qk_norm else None,
             out_norm=out_norm,
             inv_freq=None if inv_freq is None else mx.array(inv_freq),
-            floats=mx.array([args.rms_norm_eps, factor], mx.float32),
+            floats=few([args.rms_norm_eps, factor], mx.float32),
             norm=norm,
             gate=args.la_output_gate,
             neg=args.la_allow_neg_eigval,
@@ -177,7 +177,7 @@ def eligible(
 @lru_cache(maxsize=4)
 def _offset_array(offset: int) -> mx.array:
     """[1] int32; layers of one step share it."""
-    return mx.array([offset], mx.int32)
+    return few([offset])
 
 
 def offset_array(offset: Any) -> mx.array:

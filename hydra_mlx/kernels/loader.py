@@ -6,7 +6,7 @@ mx.fast.cuda_kernel after cuda.translate. Importing this touches neither.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,25 @@ class Launch:
         }
 
 
-def int_table(flat: list) -> mx.array:
-    """A table of ints for a kernel: 8 numbers at least, MLX puts fewer in constant memory."""
-    return mx.array(flat + [0] * max(0, 8 - len(flat)), mx.int32)
+def table(values: list, dtype: mx.Dtype = mx.int32) -> mx.array:
+    """Numbers for a kernel, padded to 8: MLX puts fewer in constant memory on Metal.
+
+    On CUDA what the host writes lies in managed memory, which the first kernel to read it has to
+    wait for, and pages of it travel back when the host writes again; a sum is made by the GPU.
+    """
+    a = mx.array([*values, *[0] * max(0, 8 - len(values))], dtype)
+    return a + 0 if mx.cuda.is_available() else a
+
+
+def few(values: list, dtype: mx.Dtype = mx.int32) -> mx.array:
+    """Less than 8 numbers that every lane reads, for constant memory on Metal."""
+    return table(values, dtype)[: len(values)]
+
+
+@lru_cache(maxsize=4096)
+def _number(value: int) -> mx.array:
+    """A kernel's scalar on CUDA, in the GPU's own memory."""
+    return mx.full((8,), value, mx.int32)
 
 
 def metal_dir() -> Path:
@@ -121,4 +137,7 @@ def handle(kernel: Kernel, route: str) -> Callable:
 
 def execute(launch: Launch, route: str) -> Any:
     """Run a launch on the GPU; returns its outputs as a list of arrays."""
-    return handle(launch.kernel, route)(**launch.arguments)
+    arguments = launch.arguments
+    if route == "cuda":
+        arguments["inputs"] = [_number(x) if type(x) is int else x for x in launch.inputs]
+    return handle(launch.kernel, route)(**arguments)
