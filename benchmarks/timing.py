@@ -18,17 +18,32 @@ def median_ms(f: Callable, runs: int = 20) -> float:
     return 1000 * statistics.median(times)
 
 
-def pipelined_ms(calls: list, runs: int = 5) -> float:
-    """Least milliseconds of one of `calls`, all of them queued in one mx.eval.
+def chained_ms(
+    f: Callable, x: mx.array, others: list, calls: tuple = (8, 40), runs: int = 5
+) -> float:
+    """Milliseconds of one y = f(x, other) on the device.
 
-    The host queues a call while the device works on those before, so that what counts is the
-    device's time unless a call takes the host longer. Each should read another buffer, together
-    more than the device's caches hold.
+    A chain of calls, each on the result of the one before, is one mx.eval, so the host prepares a
+    call while the device works; the slope between two lengths leaves out what an eval costs.
+
+    Args:
+        f: One step; its result can be its x. others: Taken in turn, together more than the
+            device's caches hold. calls: Short and long chain. runs: The least time of as many.
+
+    Raises:
+        ArithmeticError: The long chain took no longer than the short one.
     """
-    mx.eval([f() for f in calls])
-    best = float("inf")
-    for _ in range(runs):
-        start = time.perf_counter()
-        mx.eval([f() for f in calls])
-        best = min(best, time.perf_counter() - start)
-    return 1000 * best / len(calls)
+    times = []
+    for n in calls:
+        best = float("inf")
+        for _ in range(runs + 1):  # the first builds kernels
+            y = x
+            for i in range(n):
+                y = f(y, others[i % len(others)])
+            start = time.perf_counter()
+            mx.eval(y)
+            best = min(best, time.perf_counter() - start)
+        times.append(best)
+    if times[1] <= times[0]:
+        raise ArithmeticError("a longer chain takes no longer: too short to measure")
+    return 1000 * (times[1] - times[0]) / (calls[1] - calls[0])

@@ -23,6 +23,9 @@
 // part    [T*Hf, splits, DV], stats [T*Hf, splits, 2] (maximum, sum) of this sequence, float
 // T, S    query tokens and valid keys; query t sees keys below S - T + t + 1
 // scale   multiplies scores;  a, offset: log-length scale at position offset + t, off when a is 0
+// PIPE    ask for the keys of the next step as soon as this one's are used up, likewise values:
+//         loads are always under way, for no more registers than a step's words
+// ONCE    loads may pass by the L1 cache (CUDA only)
 // memory  SG * (DV + 2) floats of threadgroup memory, free on entry (barrier before a reuse)
 // Every thread of the threadgroup must call it: 32 * SG threads. An empty split (first >= end) is
 // allowed and writes a partial of weight 0.
@@ -49,57 +52,53 @@ HYDRA_FN void fa_decode_queries(
   }
 }
 
-template <typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, bool TAIL>
-HYDRA_FN void fa_decode_step(
-    const device uint* k_words, const device C* k_scales, const device C* k_biases,
-    const device uint* v_words, const device C* v_scales, const device C* v_biases,
-    const thread float* q, const thread float* q_sum, const thread int* limit, int base, int end,
-    int lane, thread float* m, thread float* l, thread float* acc, thread float* acc_bias) {
-  constexpr int EK = DK / L, EV = DV / L;
-  constexpr int WK = EK * BITS / 32, WV = EV * BITS / 32;
-  constexpr int NK = 32 / L;
-  constexpr bool QUANTISED = BITS < 16;
+// Words w [U, D*BITS/32/L], scales and biases [U] of this lane's keys (or values) of a step.
+template <typename C, int BITS, int GROUP, int D, int L, int U, bool TAIL, bool ONCE>
+HYDRA_FN void fa_decode_load(
+    const device uint* words, const device C* scales, const device C* biases, int base, int end,
+    int lane, thread uint* w, thread float* scale, thread float* bias) {
+  constexpr int E = D / L, W = E * BITS / 32;
   const int group = lane / L, j = lane - group * L;
-
-  uint kw[U * WK], vw[U * WV];
-  float ks[U], kb[U], vs[U], vb[U];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    int key = base + u * NK + group;
+    int key = base + u * (32 / L) + group;
     if (TAIL) key = metal::min(key, end - 1);
-    fa_load_words<WK>(k_words + key * (L * WK) + j * WK, kw + u * WK);
-    if (QUANTISED) {
-      const int at = key * (DK / GROUP) + j * EK / GROUP;
-      ks[u] = to_float(k_scales[at]);
-      kb[u] = to_float(k_biases[at]);
+    fa_load_words<W, ONCE>(words + key * (L * W) + j * W, w + u * W);
+    if (BITS < 16) {
+      const int at = key * (D / GROUP) + j * E / GROUP;
+      scale[u] = to_float(scales[at]);
+      bias[u] = to_float(biases[at]);
     }
   }
-#pragma unroll
-  for (int u = 0; u < U; ++u) {
-    int key = base + u * NK + group;
-    if (TAIL) key = metal::min(key, end - 1);
-    fa_load_words<WV>(v_words + key * (L * WV) + j * WV, vw + u * WV);
-    if (QUANTISED) {
-      const int at = key * (DV / GROUP) + j * EV / GROUP;
-      vs[u] = to_float(v_scales[at]);
-      vb[u] = to_float(v_biases[at]);
-    }
-  }
+}
 
-  float p[R * U];
+// p [R, U]: this lane's part of each score.
+template <typename C, int BITS, int DK, int L, int R, int U>
+HYDRA_FN void fa_decode_dot(
+    const thread float* q, const thread float* q_sum, const thread uint* w,
+    const thread float* scale, const thread float* bias, thread float* p) {
+  constexpr int E = DK / L, W = E * BITS / 32;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    float x[EK];
-    fa_unpack<C, BITS, EK>(kw + u * WK, x);
+    float x[E];
+    fa_unpack<C, BITS, E>(w + u * W, x);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       float s = 0.0f;
 #pragma unroll
-      for (int i = 0; i < EK; ++i) s = metal::fma(q[r * EK + i], x[i], s);
-      if (QUANTISED) s = metal::fma(s, ks[u], kb[u] * q_sum[r]);
+      for (int i = 0; i < E; ++i) s = metal::fma(q[r * E + i], x[i], s);
+      if (BITS < 16) s = metal::fma(s, scale[u], bias[u] * q_sum[r]);
       p[r * U + u] = s;
     }
   }
+}
+
+// Scores summed over the lanes and masked (TAIL), then p: 2^(s - m), with m, l, acc brought along.
+template <int BITS, int DV, int L, int R, int U, bool TAIL>
+HYDRA_FN void fa_decode_softmax(
+    const thread int* limit, int base, int lane, thread float* p, thread float* m, thread float* l,
+    thread float* acc, thread float* acc_bias) {
+  constexpr int EV = DV / L, NK = 32 / L;
 #pragma unroll
   for (int d = L / 2; d > 0; d /= 2) {
 #pragma unroll
@@ -110,7 +109,7 @@ HYDRA_FN void fa_decode_step(
     float top = m[r];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (TAIL && base + u * NK + group >= limit[r]) p[r * U + u] = FA_MASKED;
+      if (TAIL && base + u * NK + lane / L >= limit[r]) p[r * U + u] = FA_MASKED;
       top = metal::max(top, p[r * U + u]);
     }
     const float shrink = metal::exp2(m[r] - top);
@@ -124,26 +123,54 @@ HYDRA_FN void fa_decode_step(
     l[r] = metal::fma(l[r], shrink, sum);
 #pragma unroll
     for (int i = 0; i < EV; ++i) acc[r * EV + i] *= shrink;
-    if (QUANTISED) acc_bias[r] *= shrink;
+    if (BITS < 16) acc_bias[r] *= shrink;
   }
+}
+
+// acc += p v.
+template <typename C, int BITS, int DV, int L, int R, int U>
+HYDRA_FN void fa_decode_add(
+    const thread float* p, const thread uint* w, const thread float* scale,
+    const thread float* bias, thread float* acc, thread float* acc_bias) {
+  constexpr int E = DV / L, W = E * BITS / 32;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    float x[EV];
-    fa_unpack<C, BITS, EV>(vw + u * WV, x);
+    float x[E];
+    fa_unpack<C, BITS, E>(w + u * W, x);
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       float weight = p[r * U + u];
-      if (QUANTISED) {
-        acc_bias[r] = metal::fma(weight, vb[u], acc_bias[r]);
-        weight *= vs[u];
+      if (BITS < 16) {
+        acc_bias[r] = metal::fma(weight, bias[u], acc_bias[r]);
+        weight *= scale[u];
       }
 #pragma unroll
-      for (int i = 0; i < EV; ++i) acc[r * EV + i] = metal::fma(weight, x[i], acc[r * EV + i]);
+      for (int i = 0; i < E; ++i) acc[r * E + i] = metal::fma(weight, x[i], acc[r * E + i]);
     }
   }
 }
 
-template <typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, int SG>
+template <
+    typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, bool TAIL, bool ONCE>
+HYDRA_FN void fa_decode_step(
+    const device uint* k_words, const device C* k_scales, const device C* k_biases,
+    const device uint* v_words, const device C* v_scales, const device C* v_biases,
+    const thread float* q, const thread float* q_sum, const thread int* limit, int base, int end,
+    int lane, thread float* m, thread float* l, thread float* acc, thread float* acc_bias) {
+  uint kw[U * DK / L * BITS / 32], vw[U * DV / L * BITS / 32];
+  float ks[U], kb[U], vs[U], vb[U], p[R * U];
+  fa_decode_load<C, BITS, GROUP, DK, L, U, TAIL, ONCE>(
+      k_words, k_scales, k_biases, base, end, lane, kw, ks, kb);
+  fa_decode_load<C, BITS, GROUP, DV, L, U, TAIL, ONCE>(
+      v_words, v_scales, v_biases, base, end, lane, vw, vs, vb);
+  fa_decode_dot<C, BITS, DK, L, R, U>(q, q_sum, kw, ks, kb, p);
+  fa_decode_softmax<BITS, DV, L, R, U, TAIL>(limit, base, lane, p, m, l, acc, acc_bias);
+  fa_decode_add<C, BITS, DV, L, R, U>(p, vw, vs, vb, acc, acc_bias);
+}
+
+template <
+    typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, int SG, bool PIPE,
+    bool ONCE>
 HYDRA_FN void fa_decode_scan(
     const thread float* query, const thread float* q_sum, const thread int* limit,
     const thread int* row, const device uint* k_words, const device C* k_scales,
@@ -162,15 +189,43 @@ HYDRA_FN void fa_decode_scan(
 #pragma unroll
     for (int i = 0; i < EV; ++i) acc[r * EV + i] = 0.0f;
   }
-  for (int base = first + sg * KEYS; base < end; base += SG * KEYS) {
-    if (base + KEYS <= full) {
-      fa_decode_step<C, BITS, GROUP, DK, DV, L, R, U, false>(
-          k_words, k_scales, k_biases, v_words, v_scales, v_biases, query, q_sum, limit, base, end,
-          lane, m, l, acc, acc_bias);
-    } else {
-      fa_decode_step<C, BITS, GROUP, DK, DV, L, R, U, true>(
-          k_words, k_scales, k_biases, v_words, v_scales, v_biases, query, q_sum, limit, base, end,
-          lane, m, l, acc, acc_bias);
+  if (PIPE) {
+    uint kw[U * DK / L * BITS / 32], vw[U * DV / L * BITS / 32];
+    float ks[U], kb[U], vs[U], vb[U], p[R * U];
+    int base = first + sg * KEYS;
+    if (base < end) {
+      fa_decode_load<C, BITS, GROUP, DK, L, U, true, ONCE>(
+          k_words, k_scales, k_biases, base, end, lane, kw, ks, kb);
+      fa_decode_load<C, BITS, GROUP, DV, L, U, true, ONCE>(
+          v_words, v_scales, v_biases, base, end, lane, vw, vs, vb);
+    }
+    while (base < end) {
+      const int next = base + SG * KEYS;
+      fa_decode_dot<C, BITS, DK, L, R, U>(query, q_sum, kw, ks, kb, p);
+      if (next < end)
+        fa_decode_load<C, BITS, GROUP, DK, L, U, true, ONCE>(
+            k_words, k_scales, k_biases, next, end, lane, kw, ks, kb);
+      if (base + KEYS <= full)
+        fa_decode_softmax<BITS, DV, L, R, U, false>(limit, base, lane, p, m, l, acc, acc_bias);
+      else
+        fa_decode_softmax<BITS, DV, L, R, U, true>(limit, base, lane, p, m, l, acc, acc_bias);
+      fa_decode_add<C, BITS, DV, L, R, U>(p, vw, vs, vb, acc, acc_bias);
+      if (next < end)
+        fa_decode_load<C, BITS, GROUP, DV, L, U, true, ONCE>(
+            v_words, v_scales, v_biases, next, end, lane, vw, vs, vb);
+      base = next;
+    }
+  } else {
+    for (int base = first + sg * KEYS; base < end; base += SG * KEYS) {
+      if (base + KEYS <= full) {
+        fa_decode_step<C, BITS, GROUP, DK, DV, L, R, U, false, ONCE>(
+            k_words, k_scales, k_biases, v_words, v_scales, v_biases, query, q_sum, limit, base,
+            end, lane, m, l, acc, acc_bias);
+      } else {
+        fa_decode_step<C, BITS, GROUP, DK, DV, L, R, U, true, ONCE>(
+            k_words, k_scales, k_biases, v_words, v_scales, v_biases, query, q_sum, limit, base,
+            end, lane, m, l, acc, acc_bias);
+      }
     }
   }
 

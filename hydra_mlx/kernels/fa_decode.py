@@ -36,6 +36,7 @@ UNROLL = {32: (2, 2), 16: (4, 4), 8: (4, 4), 4: (4, 4)}
 # Cores, where nobody says: 132 multiprocessors of an H100 or H200; a Pro or Max chip of Apple.
 CORES = {"metal": 20, "cuda": 132}
 GROUPS_PER_CORE = 4  # threadgroups a core works on at a time, to hide each other's latency
+PIPELINE, ONCE = 0, 0  # PIPE and ONCE of fa_decode.h
 MAX_SPLITS = 256  # the second pass has one threadgroup a head and token, and reads them all
 
 KERNEL = Kernel(
@@ -232,14 +233,16 @@ def tile(kv: KeyValues, R: int) -> tuple:
     return L, UNROLL[kv.width][R > 2]
 
 
-def split_plan(S: int, columns: int, step: int, cores: int) -> tuple:
+def split_plan(
+    S: int, columns: int, step: int, cores: int, per_core: int = GROUPS_PER_CORE
+) -> tuple:
     """Splits of S keys and keys of a split.
 
     Args:
         columns: Threadgroups of one split. step: Keys that a threadgroup takes at a time.
-        cores: Of the GPU.
+        cores: Of the GPU. per_core: Threadgroups for each.
     """
-    wanted = min(MAX_SPLITS, max(1, cores * GROUPS_PER_CORE // columns))
+    wanted = min(MAX_SPLITS, max(1, cores * per_core // columns))
     granule = max(32, step)
     keys = -(-S // (wanted * granule)) * granule
     return -(-S // keys), keys
@@ -258,6 +261,9 @@ def launch(
     unroll: int | None = None,
     lanes: int | None = None,
     max_rows: int = MAX_ROWS,
+    per_core: int = GROUPS_PER_CORE,
+    pipeline: int = PIPELINE,
+    once: int = ONCE,
 ) -> Launch:
     """The first pass.
 
@@ -266,7 +272,8 @@ def launch(
         scale: Of the scores, 1/sqrt(D). a: Of the log-length scale, None for off.
         offset: Position of query token 0; None for S - T.
         cores: Of the GPU. splits: (number, keys of one) instead of split_plan's.
-        simdgroups, unroll, lanes, max_rows: Instead of the tables', for sweeps.
+        simdgroups, unroll, lanes, max_rows, per_core, pipeline, once: Instead of the tables', for
+            sweeps.
 
     Returns:
         Outputs part [B, T, Hf, splits, Dv] and stats [B, T, Hf, splits, 2], float32.
@@ -276,7 +283,7 @@ def launch(
     R, items, work = work_table(tuple(kv_of_fa), T, max_rows)
     L, U = tile(kv, R)
     L, U = lanes or L, unroll or U
-    n, keys = splits or split_plan(kv.S, B * len(items), U * 32 // L * simdgroups, cores)
+    n, keys = splits or split_plan(kv.S, B * len(items), U * 32 // L * simdgroups, cores, per_core)
     offset = kv.S - T if offset is None else int(offset)
     return Launch(
         KERNEL,
@@ -287,6 +294,7 @@ def launch(
         (
             ("X", q.dtype), ("C", kv.dtype), ("BITS", kv.width), ("GROUP", kv.group_size or 1),
             ("DK", Dk), ("DV", Dv), ("L", L), ("R", R), ("U", U), ("SG", simdgroups),
+            ("PIPE", pipeline), ("ONCE", once),
         ),
         (32 * simdgroups * len(items) * n * B, 1, 1),
         (32 * simdgroups, 1, 1),
@@ -356,6 +364,7 @@ def run(
     route: str = "metal",
     executor: Callable | None = None,
     return_lse: bool = False,
+    combine_simdgroups: int = COMBINE_SIMDGROUPS,
     **options: Any,
 ) -> Any:
     """Both passes: attention, gate and norm of the FA heads for at most 8 tokens.
@@ -364,6 +373,7 @@ def run(
         q, kv, kv_of_fa, scale, a, offset: As launch. gate, position, norm, weight: As
             ops.fa_fusion. route: "metal" or "cuda". executor: Runs a Launch instead of the route.
         return_lse: Also give log-sum-exp [B, T, Hf] float32 of the scaled scores.
+        combine_simdgroups: Of a second-pass threadgroup, for sweeps.
         options: cores, splits and the sweepable numbers of launch.
 
     Returns:
@@ -372,7 +382,8 @@ def run(
     go = executor or (lambda x: execute(x, route))
     options.setdefault("cores", CORES[route])
     part, stats = go(launch(q, kv, kv_of_fa, scale, a, offset, **options))
-    y, lse = go(combine_launch(part, stats, q.dtype, gate, position, norm, weight))
+    second = combine_launch(part, stats, q.dtype, gate, position, norm, weight, combine_simdgroups)
+    y, lse = go(second)
     return (y, lse) if return_lse else y
 
 

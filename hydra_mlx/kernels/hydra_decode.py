@@ -171,13 +171,16 @@ def launch(
     unroll: int | None = None,
     lanes: int | None = None,
     max_rows: int = fa_decode.MAX_ROWS,
+    per_core: int = fa_decode.GROUPS_PER_CORE,
+    pipeline: int = fa_decode.PIPELINE,
+    once: int = fa_decode.ONCE,
 ) -> Launch:
     """The first dispatch.
 
     Args:
         layer to state: As la_decode.launch. kv: The cache without the new tokens, None if empty.
         cores: Of the GPU. splits: (number, keys of one) of the cached keys, not split_plan's.
-        simdgroups, unroll, lanes, max_rows: Instead of the tables', for sweeps.
+        simdgroups, unroll, lanes, max_rows, per_core, pipeline, once: As fa_decode.launch.
 
     Returns:
         Outputs y_la [B, T, Hl, D], state, tail, part [B, T, Hf, splits + 1, D] and stats
@@ -197,7 +200,7 @@ def launch(
         L, U = fa_decode.tile(kv, R)
         L, U = lanes or L, unroll or U
         step = U * 32 // L * simdgroups
-        n, keys = splits or fa_decode.split_plan(kv.S, B * len(items), step, cores)
+        n, keys = splits or fa_decode.split_plan(kv.S, B * len(items), step, cores, per_core)
         S, allocated = kv.S, kv.allocated
         buffers = kv.buffers(x)
     *la_inputs, _ = la_decode.la_inputs(la, x, ab, tail, state)
@@ -215,7 +218,7 @@ def launch(
             *la_decode.la_template(la, x, ab, offset), ("FQ", norms[0].dtype),
             ("FK", norms[1].dtype), ("FA_NORM", int(layer.q_norm is not None)),
             ("FA_ROPE", int(layer.fa_rope)), ("C", dtype), ("BITS", bits), ("GROUP", group),
-            ("L", L), ("R", R), ("U", U), ("SG", simdgroups),
+            ("L", L), ("R", R), ("U", U), ("SG", simdgroups), ("PIPE", pipeline), ("ONCE", once),
         ),
         (32 * simdgroups * groups, 1, 1),
         (32 * simdgroups, 1, 1),
