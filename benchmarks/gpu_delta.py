@@ -2,12 +2,16 @@
 
     python benchmarks/gpu_delta.py [--json FILE]
 
-B=1, H=12, D=128. Medians of calls with their synchronisation; the last line is JSON.
+B=1, H=12, D=128. Medians of calls with their synchronisation: ours, the MLX operations, MLX's own
+mx.fast.gated_delta_update, and the body of mlx_lm's packed kernel through our CUDA shim. The last
+line is JSON.
 """
 
 import argparse
 import json
 import sys
+from functools import cache
+from unittest.mock import patch
 
 import hydra_mlx  # noqa: F401
 from hydra_mlx.kernels import la_prefill
@@ -30,6 +34,40 @@ def inputs(T: int, dtype: mx.Dtype, H: int = 12, D: int = 128) -> list:
     out = [*(x.astype(dtype) for x in (q, k, v)), g, beta, state]
     mx.eval(out)
     return out
+
+
+@cache
+def packed_body() -> tuple:
+    """Names, source and header of mlx_lm's packed kernel for CUDA; it makes it on Metal only."""
+    made = {}
+    with (
+        patch.object(mx.metal, "is_available", lambda: True),
+        patch.object(mx.fast, "metal_kernel", lambda **arguments: made.update(arguments)),
+    ):
+        gated_delta._make_gated_delta_packed_kernel()
+    kernel = Kernel("packed", tuple(made["input_names"]), tuple(made["output_names"]), ("T",))
+    names, source, header = translate(kernel, made["source"], "")
+    return mx.fast.cuda_kernel("packed", list(names), list(kernel.outputs), source, header)
+
+
+def packed(q, k, v, g, beta, state) -> list:
+    """mlx_lm's packed kernel; it wants alpha = exp(g)."""
+    B, T, H, D = q.shape
+    return packed_body()(
+        inputs=[q, k, v, mx.exp(g), beta, state, mx.full((8,), T, mx.int32)],
+        template=[
+            ("InT", q.dtype),
+            ("StT", mx.float32),
+            ("Dk", D),
+            ("Dv", D),
+            ("Hk", H),
+            ("Hv", H),
+        ],
+        grid=(32, D // 8, B * H),
+        threadgroup=(32, 2, 1),
+        output_shapes=[v.shape, state.shape],
+        output_dtypes=[q.dtype, mx.float32],
+    )
 
 
 def main(argv=None) -> int:
@@ -56,6 +94,16 @@ def main(argv=None) -> int:
         row = {"T": T}
         for which in ("chunked", "steps"):
             row[which] = median_ms(lambda a=a, w=which: la_prefill.run(*a, route=way, which=w))
+        if way == "cuda":
+            row["packed"] = median_ms(lambda a=a: packed(*a))
+            row["packed differs"] = relative_rms(packed(*a)[:1], la_prefill.run(*a, route=way)[:1])
+        if T >= 2048:
+            q, k, v, g, beta, state = a
+            alpha = mx.exp(g)
+            row["mlx"] = median_ms(
+                lambda: mx.fast.gated_delta_update(q, k, v, alpha, beta, state),
+                3 if T == 2048 else 1,
+            )
         if T <= 2048:
             row["ops"] = median_ms(lambda a=a: gated_delta(*a), 5)
         print(" ".join(f"{k}={v if k == 'T' else f'{v:.3f} ms'}" for k, v in row.items()))
