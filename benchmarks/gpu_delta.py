@@ -15,10 +15,13 @@ from unittest.mock import patch
 
 import hydra_mlx  # noqa: F401
 from hydra_mlx.kernels import la_prefill
+from hydra_mlx.kernels.cuda import translate
 from hydra_mlx.kernels.dispatch import relative_rms, route
+from hydra_mlx.kernels.loader import Kernel
 from hydra_mlx.ops import gated_delta
 
 import mlx.core as mx
+from mlx_lm.models import gated_delta as mlx_lm_delta
 from timing import median_ms
 
 
@@ -44,7 +47,7 @@ def packed_body() -> tuple:
         patch.object(mx.metal, "is_available", lambda: True),
         patch.object(mx.fast, "metal_kernel", lambda **arguments: made.update(arguments)),
     ):
-        gated_delta._make_gated_delta_packed_kernel()
+        mlx_lm_delta._make_gated_delta_packed_kernel()
     kernel = Kernel("packed", tuple(made["input_names"]), tuple(made["output_names"]), ("T",))
     names, source, header = translate(kernel, made["source"], "")
     return mx.fast.cuda_kernel("packed", list(names), list(kernel.outputs), source, header)
@@ -98,10 +101,9 @@ def main(argv=None) -> int:
             row["packed"] = median_ms(lambda a=a: packed(*a))
             row["packed differs"] = relative_rms(packed(*a)[:1], la_prefill.run(*a, route=way)[:1])
         if T >= 2048:
-            q, k, v, g, beta, state = a
-            alpha = mx.exp(g)
+            own = (*a[:3], mx.exp(a[3]), *a[4:])
             row["mlx"] = median_ms(
-                lambda: mx.fast.gated_delta_update(q, k, v, alpha, beta, state),
+                lambda own=own: mx.fast.gated_delta_update(*own),
                 3 if T == 2048 else 1,
             )
         if T <= 2048:
