@@ -5,6 +5,7 @@ reason, kept in `paths`, which --stats prints. What a layer may use is decided o
 kind of step: by eligibility, then by the first-use check.
 """
 
+import operator
 from collections import Counter
 from typing import Any
 
@@ -23,6 +24,10 @@ from .step import Projected, Step
 # route; None never. On Metal: predicted, MLX's second pass begins at 1024 keys and, on base chips,
 # only for grouped heads, while one threadgroup a head leaves most cores idle.
 PLAIN_FROM = {"metal": 1024, "cuda": None}
+# Tensors of a FusedMixer that the decode kernels read.
+WEIGHTS = (
+    "A_log", "dt_bias", "conv_weight", "la_q_norm", "la_k_norm", "fa_q_norm", "fa_k_norm",
+)  # fmt: skip
 
 
 class LayerKernels:
@@ -35,17 +40,13 @@ class LayerKernels:
     def __init__(self):
         self.paths = {}
         self._gathered = None
-        self._from = ()
+        self._from = []
         self._trusted = {}
 
     def gather(self, mixer: Any) -> HydraLayer | LaLayer:
         """What the decode kernels need of the layer; anew when its weights were replaced."""
-        names = ("A_log", "dt_bias", "la_q_norm", "la_k_norm", "fa_q_norm", "fa_k_norm")
-        now = [mixer.weight(n) for n in names]
-        now.append(mixer.conv() if mixer.args.la_conv_kernel else None)
-        if len(now) != len(self._from) or any(
-            a is not b for a, b in zip(now, self._from, strict=True)
-        ):
+        now = [mixer.get(n) for n in WEIGHTS]  # a Module is a dict; attributes are slower
+        if self._gathered is None or any(map(operator.is_not, now, self._from)):
             both = mixer.heads.fa and mixer.heads.la
             self._gathered, self._from = (HydraLayer if both else LaLayer).of(mixer), now
         return self._gathered
@@ -75,17 +76,25 @@ class LayerKernels:
             return None
         to, layer = step.backend, self.gather(mixer)
         lengths = None if arrays is None else arrays.lengths
-        verdict = hydra_decode.eligible(layer, x, ab, kv, step.fa_mask, step.la_mask, lengths)
-        key = ("hydra", x.shape[1], x.dtype, ab.dtype, _kind(kv))
-        if not self._may(
-            "decode", key, verdict, lambda: first_use.hydra(mixer, layer, x, ab, kv, to)
-        ):
-            return None
+        single = kv is None or type(kv.offset) is int
+        held = hydra_decode.cached(kv) if single else None
+        kind = None
+        if held is not None:  # a verdict holds for a million keys more
+            shape = held.parts[0].shape
+            kind = (held.dtype, held.bits, held.group_size, *shape[:2], shape[2] >> 20, shape[3])
+        key = ("hydra", x.shape, x.dtype, ab.dtype, type(kv), kind)
+        plain = single and step.la_mask is None and lengths is None
+        plain = plain and not isinstance(step.fa_mask, mx.array)
+        if not plain or self._trusted.get(key) != "":
+            verdict = hydra_decode.eligible(layer, x, ab, kv, step.fa_mask, step.la_mask, lengths)
+            if not self._may(
+                "decode", key, verdict, lambda: first_use.hydra(mixer, layer, x, ab, kv, to)
+            ):
+                return None
         tail, state = (None, None) if arrays is None else (arrays[CONV], arrays[STATE])
         y, state, tail, k, v = hydra_decode.run(
-            layer, x, ab, step.offset, tail, state, hydra_decode.cached(kv), to.route, to.run,
-            cores=to.cores,
-        )  # fmt: skip
+            layer, x, ab, step.offset, tail, state, held, to.route, to.run, cores=to.cores
+        )
         if kv is not None:
             kv.update_and_fetch(k, v)
         _store(arrays, tail, state, x.shape[1])

@@ -5,6 +5,7 @@ import dataclasses
 from hydra_mlx import reference
 from hydra_mlx.cache import CONV, STATE
 from hydra_mlx.kernels import fa_decode, hydra_decode
+from hydra_mlx.kernels.loader import absent
 from hydra_mlx.step import Step
 
 import mlx.core as mx
@@ -217,6 +218,7 @@ def test_two_dispatches():
     hydra_decode.run(layer, x, ab, 50, tail, state, held, executor=spy)
     assert [a.kernel.name for a in launches] == ["hydra_decode", "hydra_combine"]
     weights = [v for d in (layer, layer.la) for v in vars(d).values() if isinstance(v, mx.array)]
+    weights.append(absent(mx.float32))
     known = [id(a) for a in (x, ab, tail, state, *held.parts, *weights, *made)]
     for launch in launches:
         for name, a in zip(launch.kernel.inputs, launch.inputs, strict=True):

@@ -7,7 +7,7 @@ go out as arrays for the cache: storing them gates nothing.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from . import fa_decode, la_decode
 from .cost import Cost
 from .fa_decode import KeyValues
 from .la_decode import LaLayer
-from .loader import Kernel, Launch, execute, few
+from .loader import Kernel, Launch, absent, execute, few
 
 # The scan of keys rules a step, so threadgroups have its size: 8 SIMD-groups. An LA head then keeps
 # 64 floats of state a lane at D = 128, which a threadgroup of 256 has registers for.
@@ -55,6 +55,7 @@ class HydraLayer:
             Absent ones are None.
         gate, position: fa_gate and fa_gate_position of the config.
         why_not: "" or why no kernel can do this layer.
+        plans: What launches of the same kind share; a decode step has no time to work it out.
     """
 
     la: LaLayer
@@ -69,6 +70,7 @@ class HydraLayer:
     gate: str | None
     position: str
     why_not: str = ""
+    plans: dict = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, mixer: Any) -> "HydraLayer":
@@ -107,8 +109,9 @@ class HydraLayer:
 
 
 def cached(cache: Any) -> KeyValues | None:
-    """What a KVCache or QuantizedKVCache holds before the new tokens; None while it is empty."""
-    return None if cache.keys is None or not cache.offset else KeyValues.of(cache)
+    """What a KVCache or QuantizedKVCache holds before the new tokens; None for none or nothing."""
+    empty = cache is None or cache.keys is None or not cache.offset
+    return None if empty else KeyValues.of(cache)
 
 
 def eligible(
@@ -186,44 +189,87 @@ def launch(
         Outputs y_la [B, T, Hl, D], state, tail, part [B, T, Hf, splits + 1, D] and stats
         [..., 2] float32, new_k and new_v [B, Hk, T, D].
     """
+    offset = la_decode.offset_array(offset)
+    kind = None if kv is None else (kv.dtype, kv.bits, kv.group_size)
+    sizes = (simdgroups, unroll, lanes, max_rows, pipeline, once)
+    key = (x.shape, x.dtype, ab.dtype, offset.size, kind, sizes)
+    plan = layer.plans.get(key)
+    if plan is None:
+        plan = layer.plans[key] = _plan(layer, x, ab, offset, kv, *sizes)
+    if kv is None:
+        n, keys, S, allocated = 0, 1, 0, 0
+    else:
+        n, keys = splits or fa_decode.split_plan(kv.S, plan.columns, plan.step, cores, per_core)
+        S, allocated = kv.S, kv.allocated
+    return Launch(
+        KERNEL,
+        (
+            x, ab, tail if layer.la.taps else x, state, *plan.weights, offset, layer.floats,
+            *plan.norms, *((x,) * 6 if kv is None else kv.buffers(x)), *plan.tables,
+            _ints(S, allocated, n, keys),
+        ),
+        plan.template,
+        (plan.fixed_threads + plan.split_threads * (n + 1), 1, 1),
+        (32 * simdgroups, 1, 1),
+        (*plan.la_shapes, (*plan.rows, n + 1, layer.la.D), (*plan.rows, n + 1, 2), *plan.new),
+        plan.dtypes,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What launches of one layer and kind share.
+
+    Attributes:
+        columns: Threadgroups of one split. step: Keys that one takes at a time.
+        weights, norms, tables: Inputs. fixed_threads: Of LA heads and new keys; split_threads: of
+            one split. rows: (B, T, Hf). la_shapes, new, dtypes: Of outputs.
+    """
+
+    columns: int
+    step: int
+    weights: tuple
+    norms: tuple
+    tables: tuple
+    template: tuple
+    fixed_threads: int
+    split_threads: int
+    rows: tuple
+    la_shapes: tuple
+    new: tuple
+    dtypes: tuple
+
+
+def _plan(layer, x, ab, offset, kv, simdgroups, unroll, lanes, max_rows, pipeline, once) -> _Plan:
     la, (B, T, W) = layer.la, x.shape
     D, Hf, Hk = la.D, layer.Hf, layer.Hk
-    offset = la_decode.offset_array(offset)
     R, items, work = fa_decode.work_table(layer.kv_of_fa, T, max_rows)
     if kv is None:
-        dtype, bits, group = x.dtype, 8 * x.dtype.size, 1
-        L, U = D // 8, 1
-        n, keys, S, allocated = 0, 1, 0, 0
-        buffers = (x,) * 6
+        dtype, bits, group, L, U = x.dtype, 8 * x.dtype.size, 1, D // 8, 1
     else:
         dtype, bits, group = kv.dtype, kv.width, kv.group_size or 1
         L, U = fa_decode.tile(kv, R)
         L, U = lanes or L, unroll or U
-        step = U * 32 // L * simdgroups
-        n, keys = splits or fa_decode.split_plan(kv.S, B * len(items), step, cores, per_core)
-        S, allocated = kv.S, kv.allocated
-        buffers = kv.buffers(x)
-    *la_inputs, _ = la_decode.la_inputs(la, x, ab, tail, state)
-    la_shapes, la_dtypes = la_decode.la_outputs(la, B, T, x.dtype)
-    groups = B * (la.heads + Hk + (n + 1) * len(items))
-    norms = [x if w is None else w for w in (layer.q_norm, layer.k_norm)]
-    return Launch(
-        KERNEL,
-        (
-            *la_inputs, state if layer.inv_freq is None else layer.inv_freq, offset, layer.floats,
-            *norms, *buffers, work, _ints(T, B, la.heads, Hf, Hk, W, len(items)),
-            _ints(S, allocated, n, keys),
-        ),
-        (
+    norms = tuple(absent(mx.float32) if w is None else w for w in (layer.q_norm, layer.k_norm))
+    shapes, dtypes = la_decode.la_outputs(la, B, T, x.dtype)
+    return _Plan(
+        columns=B * len(items),
+        step=U * 32 // L * simdgroups,
+        weights=la_decode.la_weights(la, layer.inv_freq),
+        norms=norms,
+        tables=(work, _ints(T, B, la.heads, Hf, Hk, W, len(items))),
+        template=(
             *la_decode.la_template(la, x, ab, offset), ("FQ", norms[0].dtype),
             ("FK", norms[1].dtype), ("FA_NORM", int(layer.q_norm is not None)),
             ("FA_ROPE", int(layer.fa_rope)), ("C", dtype), ("BITS", bits), ("GROUP", group),
             ("L", L), ("R", R), ("U", U), ("SG", simdgroups), ("PIPE", pipeline), ("ONCE", once),
         ),
-        (32 * simdgroups * groups, 1, 1),
-        (32 * simdgroups, 1, 1),
-        (*la_shapes, (B, T, Hf, n + 1, D), (B, T, Hf, n + 1, 2), (B, Hk, T, D), (B, Hk, T, D)),
-        (*la_dtypes, mx.float32, mx.float32, x.dtype, x.dtype),
+        fixed_threads=32 * simdgroups * B * (la.heads + Hk),
+        split_threads=32 * simdgroups * B * len(items),
+        rows=(B, T, Hf),
+        la_shapes=shapes,
+        new=((B, Hk, T, D), (B, Hk, T, D)),
+        dtypes=(*dtypes, mx.float32, mx.float32, x.dtype, x.dtype),
     )  # fmt: skip
 
 
@@ -269,9 +315,9 @@ def run(
 ) -> tuple:
     """One step of all heads of a layer.
 
-    The caller stores new_k and new_v in the cache afterwards (cache.update_and_fetch). They are
-    outputs of the first dispatch, so MLX runs that before the cache's slice update, which can then
-    take over the cache's buffer as always.
+    The caller stores new_k and new_v in the cache afterwards (cache.update_and_fetch). Nothing of
+    this step reads what that gives, so MLX does it when the next step asks for the cache; if this
+    step's kernels are done by then it takes over the cache's buffer, as with stock caches.
 
     Args:
         layer to kv: As launch; tail and state None mean zeros. route: "metal" or "cuda".

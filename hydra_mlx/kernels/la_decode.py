@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.models import rope_utils
 
 from .cost import Cost
-from .loader import Kernel, Launch, execute, few
+from .loader import Kernel, Launch, absent, execute, few
 
 MAX_TOKENS = 8
 HEAD_DIMS = (64, 128)
@@ -191,7 +191,7 @@ def la_template(layer: LaLayer, x: mx.array, ab: mx.array, offset: mx.array) -> 
     """The template entries that la_decode and hydra_decode share."""
 
     def dtype(a):
-        return x.dtype if a is None else a.dtype
+        return mx.float32 if a is None else a.dtype
 
     return (
         ("X", x.dtype),
@@ -214,19 +214,10 @@ def la_template(layer: LaLayer, x: mx.array, ab: mx.array, offset: mx.array) -> 
     )
 
 
-def la_inputs(
-    layer: LaLayer, x: mx.array, ab: mx.array, tail: mx.array | None, state: mx.array
-) -> tuple:
-    """x to inv_freq of the input list; others stand in for absent ones."""
-
-    def or_x(a):
-        return x if a is None else a
-
-    return (
-        x, ab, tail if layer.taps else x, state, layer.A_log, layer.dt_bias,
-        or_x(layer.conv_weight), or_x(layer.q_norm), or_x(layer.k_norm), or_x(layer.out_norm),
-        state if layer.inv_freq is None else layer.inv_freq,
-    )  # fmt: skip
+def la_weights(layer: LaLayer, inv_freq: mx.array | None) -> tuple:
+    """A_log to inv_freq of the input list, float32 zeros for absent ones."""
+    small = (layer.conv_weight, layer.q_norm, layer.k_norm, layer.out_norm, inv_freq)
+    return (layer.A_log, layer.dt_bias, *(absent(mx.float32) if a is None else a for a in small))
 
 
 def la_outputs(layer: LaLayer, B: int, T: int, dtype: mx.Dtype) -> tuple:
@@ -260,7 +251,7 @@ def launch(
     return Launch(
         kernel=KERNEL,
         inputs=(
-            *la_inputs(layer, x, ab, tail, state),
+            x, ab, tail if layer.taps else x, state, *la_weights(layer, layer.inv_freq),
             offset, layer.floats, T, layer.heads, R, layer.qkv_row, layer.gate_row,
         ),
         template=(*la_template(layer, x, ab, offset), ("SG", groups)),

@@ -22,13 +22,12 @@ So 57 steps, loads counted as work, cost as much as a chunk, however few of its 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import mlx.core as mx
 
 from ..ops import delta
 from .cost import Cost
-from .loader import Kernel, Launch, execute
+from .loader import Kernel, Launch, absent, execute
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 HEAD_DIMS = range(32, 257, 32)
@@ -118,18 +117,12 @@ def variant(T: int, Dk: int, Dv: int, tiles: Tiles = TILES) -> tuple:
     return "chunked", f"{T} tokens in chunks of {tiles.C}"
 
 
-@cache
-def _absent(dtype: mx.Dtype) -> mx.array:
-    """For the place of an absent input: 8 numbers, since MLX puts fewer in constant memory."""
-    return mx.zeros((8,), dtype)
-
-
 def _mask(mask: mx.array | None) -> mx.array:
-    return _absent(mx.bool_) if mask is None else mask.astype(mx.bool_)
+    return absent(mx.bool_) if mask is None else mask.astype(mx.bool_)
 
 
 def _state(state: mx.array | None) -> mx.array:
-    return _absent(mx.float32) if state is None else state.astype(mx.float32)
+    return absent(mx.float32) if state is None else state.astype(mx.float32)
 
 
 def _types(q: mx.array, k: mx.array) -> tuple:

@@ -4,6 +4,7 @@ A kernel is one text. Route "metal" hands it to mx.fast.metal_kernel as it is, r
 mx.fast.cuda_kernel after cuda.translate. Importing this touches neither.
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -79,6 +80,12 @@ def few(values: list, dtype: mx.Dtype = mx.int32) -> mx.array:
     return table(values, dtype)[: len(values)]
 
 
+@cache
+def absent(dtype: mx.Dtype) -> mx.array:
+    """For the place of an absent input: 8 numbers, since MLX puts fewer in constant memory."""
+    return mx.zeros((8,), dtype)
+
+
 @lru_cache(maxsize=4096)
 def _number(value: int) -> mx.array:
     """A kernel's scalar on CUDA, in the GPU's own memory."""
@@ -115,29 +122,55 @@ def body(kernel: Kernel) -> str:
     return read(f"{kernel.name}.metal")
 
 
-@cache
 def handle(kernel: Kernel, route: str) -> Callable:
     """The built kernel.
 
     Args:
         route: "metal" or "cuda".
     """
+    key = kernel.name, route  # hashing a Kernel costs more than a launch should
+    if key not in _HANDLES:
+        _HANDLES[key] = _build(kernel, route)
+    return _HANDLES[key]
+
+
+_HANDLES: dict = {}
+
+
+def _build(kernel: Kernel, route: str) -> Callable:
+    name = f"hydra_{kernel.name}"
     if route == "cuda":
         from .cuda import translate
 
         names, source, text = translate(kernel, body(kernel), header(kernel))
-        return mx.fast.cuda_kernel(
-            f"hydra_{kernel.name}", list(names), list(kernel.outputs), source, text
-        )
-    return mx.fast.metal_kernel(
-        f"hydra_{kernel.name}", list(kernel.inputs), list(kernel.outputs), body(kernel),
-        header(kernel),
-    )  # fmt: skip
+        source, text = _included(f"{name}.cu", source), _included(f"{name}.h", text)
+        return mx.fast.cuda_kernel(name, list(names), list(kernel.outputs), source, text)
+    inputs, outputs = list(kernel.inputs), list(kernel.outputs)
+    return mx.fast.metal_kernel(name, inputs, outputs, body(kernel), header(kernel))
+
+
+def _included(name: str, text: str) -> str:
+    """An #include of the text: MLX copies and hashes a CUDA kernel's whole source in every call."""
+    path = Path(_folder().name, name)
+    path.write_text(text, "utf-8")
+    return f'#include "{path}"\n'
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="hydra_mlx-")
 
 
 def execute(launch: Launch, route: str) -> Any:
     """Run a launch on the GPU; returns its outputs as a list of arrays."""
-    arguments = launch.arguments
+    inputs = launch.inputs
     if route == "cuda":
-        arguments["inputs"] = [_number(x) if type(x) is int else x for x in launch.inputs]
-    return handle(launch.kernel, route)(**arguments)
+        inputs = [_number(x) if type(x) is int else x for x in inputs]
+    return handle(launch.kernel, route)(
+        inputs=list(inputs),
+        template=list(launch.template),
+        grid=launch.grid,
+        threadgroup=launch.threadgroup,
+        output_shapes=list(launch.output_shapes),
+        output_dtypes=list(launch.output_dtypes),
+    )
