@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,7 +49,8 @@ class Job:
             source's. keep_packed: Pass the source's own quantisation through (used when neither
             quant nor dtype is given). seed: Of tensors that a migration adds; None makes them zero.
         shard_bytes: Most bytes of an output shard. for_hf: Write the spec layout for others:
-            PyTorch metadata and no MLX extras.
+            PyTorch metadata and no MLX extras. gamma: [L, H] head scales that a migration starts
+            with, None for ones. conv: How its convolutions start, see migrate_layer.
     """
 
     source: Source
@@ -59,6 +60,8 @@ class Job:
     seed: int | None
     shard_bytes: int
     for_hf: bool = False
+    gamma: Sequence | None = None
+    conv: str = "identity"
 
     @property
     def keep_packed(self) -> bool:
@@ -80,7 +83,8 @@ def spec_layer(job: Job, i: int) -> dict:
     if not keep:
         w = {n: to_float(x, _float_type(w)) if isinstance(x, Packed) else x for n, x in w.items()}
     if source.form == "base":
-        w = migrate_layer(args, i, w, job.seed)
+        gamma = None if job.gamma is None else job.gamma[i]
+        w = migrate_layer(args, i, w, job.seed, gamma, job.conv)
     if source.form == job.form:
         return w
     if job.form == "fused":
