@@ -23,6 +23,7 @@ from . import __version__
 from .cache import kv_bytes_per_token, state_bytes
 from .config import ARCHITECTURE, HydraArgs
 from .errors import CheckpointError, UsageError
+from .files import sync_folder
 from .forms import fuse_layer, migrate_layer, unfuse_layer
 from .layouts import LAYER, model_shapes
 from .loading import DTYPES, memory_bytes
@@ -318,7 +319,7 @@ def _run(job: Job, target: Path, overwrite: bool, progress, check) -> Path:
             (partial / MANIFEST).write_text(json.dumps(data, indent=1) + "\n", "utf-8")
         if check is not None:
             check(partial)
-        _sync(partial)
+        sync_folder(partial)
         partial.chmod(0o755)
         _put_in_place(partial, target)
     finally:
@@ -398,13 +399,3 @@ def _put_in_place(partial: Path, target: Path):
         _discard(_old(target), target)
     else:
         partial.rename(target)
-
-
-def _sync(folder: Path):
-    """Push every byte to the disk before the name appears."""
-    for path in [*folder.iterdir(), folder]:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
