@@ -3,8 +3,6 @@
 Axes: B batch, T tokens, E hidden size, V vocabulary, N = B*T positions.
 """
 
-from collections.abc import Iterator
-
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -36,18 +34,18 @@ def output_matrix(model: Model) -> mx.array:
     return model.model.embed_tokens.weight if tied else model.lm_head.weight
 
 
-def layer_targets(teacher: Model, tokens: mx.array) -> Iterator[tuple]:
-    """For each layer of the teacher: its input and what its attention makes of it after o_proj.
+def teacher_layer(layer: nn.Module, h: mx.array) -> tuple:
+    """One layer of the teacher.
 
-    Yields:
-        (h [B, T, E] before the input norm, attention output [B, T, E]).
+    Args:
+        h: [B, T, E], the layer's input before its norm.
+
+    Returns:
+        (attention output after o_proj, the next layer's input), both [B, T, E].
     """
-    h, step = teacher.model.embed_tokens(tokens), first_step(tokens.shape[1])
-    for layer in teacher.layers:
-        out = layer.self_attn(layer.input_layernorm(h), step)
-        yield h, out
-        h = h + out
-        h = h + layer.mlp(layer.post_attention_layernorm(h))
+    out = layer.self_attn(layer.input_layernorm(h), first_step(h.shape[1]))
+    after = h + out
+    return out, after + layer.mlp(layer.post_attention_layernorm(after))
 
 
 def attention_error(layer: nn.Module, h: mx.array, target: mx.array) -> mx.array:

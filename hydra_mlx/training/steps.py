@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..loading import DTYPES
 from ..model import FLOAT32_NAMES, Model
-from .losses import attention_error, hidden_states, layer_targets, output_matrix, training_loss
+from .losses import attention_error, hidden_states, output_matrix, teacher_layer, training_loss
 
 STAGES = ("align", "distil", "long")
 
@@ -134,11 +134,12 @@ class Trainer:
         self.model.update(tree_unflatten(list(weights.items())))
 
     def _align(self, weights: dict, tokens: mx.array) -> tuple:
-        """Sum over layers of the attention's MSE. Layers share nothing, so each has a gradient of
-        its own and no two layers' activations are needed at a time."""
+        """Sum over layers of the attention's MSE. Layers share nothing but the teacher's pass, so
+        each has a gradient of its own, made before the next layer begins."""
         total, power, grads = mx.zeros(()), mx.zeros(()), {}
-        targets = layer_targets(self.teacher, tokens[:, :-1])
-        for i, (h, target) in enumerate(targets):
+        h = self.teacher.model.embed_tokens(tokens[:, :-1])
+        for i, layer in enumerate(self.teacher.layers):
+            target, after = teacher_layer(layer, h)
             prefix = f"model.layers.{i}."
             own = {n: x for n, x in weights.items() if n.startswith(prefix)}
 
@@ -148,6 +149,8 @@ class Trainer:
 
             one, grad = mx.value_and_grad(error)(own)
             total, grads = total + one, {**grads, **grad}
+            # MLX would keep several layers under way, and their activations.
+            h = mx.depends([after], list(grad.values()))[0]
             power = power + mx.square(target.astype(mx.float32)).mean()
         return {"loss": total, "relative": total / power}, grads
 
