@@ -16,6 +16,8 @@ import numpy as np
 from .errors import ConfigError, UsageError
 
 STRATEGIES = ("scores", "fixed", "random")
+# Names a scores file may use: ours, and those of `hydra-mlx score`.
+NAMES = {"scores": ("scores", "score"), "raw": ("raw", "raw_effect")}
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,22 @@ def read_scores(path: Path, layers: int, heads: int) -> Scores:
         ) from None
     except (ValueError, RecursionError):
         raise ConfigError(f"The scores {path} are not valid JSON.") from None
-    if not isinstance(data, dict) or "scores" not in data:
+    data = data if isinstance(data, dict) else {}
+    found = {k: next((data[n] for n in names if n in data), None) for k, names in NAMES.items()}
+    if found["scores"] is None:
         raise ConfigError(f'{path} has no "scores".', "`hydra-mlx score` makes such a file.")
+    model = data.get("model")
+    model = model if isinstance(model, dict) else {}
     for name, want in (("layers", layers), ("heads", heads)):
-        if data.get(name, want) != want:
+        have = data.get(name, model.get(name, want))
+        if have != want:
             raise ConfigError(
-                f"{path} has scores for {name} = {data[name]!r}, the model has {want}.",
+                f"{path} has scores for {name} = {have!r}, the model has {want}.",
                 "Score this model, not another one.",
             )
-    scores = _matrix(path, "scores", data["scores"], layers, heads)
-    raw = _matrix(path, "raw", data.get("raw", data["scores"]), layers, heads)
-    model = data.get("model")
-    return Scores(scores, raw, model if isinstance(model, dict) else {})
+    scores = _matrix(path, "scores", found["scores"], layers, heads)
+    raw = scores if found["raw"] is None else _matrix(path, "raw", found["raw"], layers, heads)
+    return Scores(scores, raw, model)
 
 
 def _matrix(path: Path, name: str, rows: Any, layers: int, heads: int) -> np.ndarray:

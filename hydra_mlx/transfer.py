@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--eval-every", type=cli.number(int, 0), default=0, metavar="STEPS", help="0: at the ends")
     a("--eval-tokens", type=count, default=32768, help="of it to use (default: 32768)")
     a("--eval-needle", metavar="N", type=count, action="append", default=[], help="haystack length")
-    a("--needles", type=count, default=10, help="for each length (default: 10)")
+    a("--needles", type=count, default=2, help="for each length and depth (default: 2)")
     a("--plot", metavar="FILE", help="PNG of the losses")
     a("--restart", action="store_true", help="forget OUT.run and begin anew")
     a("--overwrite", action="store_true", help="replace an existing OUT")
@@ -147,7 +147,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from .convert import resolve_source
     from .teacher import open_base, source_tokenizer
     from .tokens import Batches, read_documents
-    from .training.evaluate import Needles, needle_function
+    from .training.evaluate import Needles
     from .training.loop import Rhythm
     from .training.plot import require_matplotlib
     from .training.student import open_student
@@ -173,7 +173,6 @@ def make_plan(args: argparse.Namespace) -> Plan:
         batches = Batches(held_out, width, 0)
         windows = batches.take(0, min(batches.windows, max(1, args.eval_tokens // width)))
     if args.eval_needle:
-        needle_function()
         needles = Needles(tuple(args.eval_needle), args.needles, recipe.seed, tokenizer())
     rhythm = Rhythm(args.log_every, args.save_every, args.eval_every, windows, needles)
     return Plan(recipe, source, teacher, documents, rhythm)

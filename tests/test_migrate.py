@@ -119,6 +119,16 @@ def test_scores_that_do_not_fit(tmp_path, change, words):
         selection.read_scores(path, 2, 4)
 
 
+def test_the_names_of_hydra_mlx_score_are_known(tmp_path):
+    score, raw = np.random.RandomState(0).rand(2, 2, 4).tolist()
+    data = {"model": {"layers": 2, "heads": 4}, "score": score, "raw_effect": raw}
+    (tmp_path / "s.json").write_text(json.dumps(data))
+    found = selection.read_scores(tmp_path / "s.json", 2, 4)
+    assert found.scores.tolist() == score and found.raw.tolist() == raw
+    with pytest.raises(ConfigError, match="layers = 2"):
+        selection.read_scores(tmp_path / "s.json", 3, 4)
+
+
 # The checkpoint
 
 

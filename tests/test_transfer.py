@@ -1,6 +1,7 @@
 """hydra-mlx transfer: the program, resuming after kill -9, and the way from scores to an answer."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -8,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import hydra_mlx
 from hydra_mlx.__main__ import main
+from hydra_mlx.training import evaluate as training_evaluate
 from hydra_mlx.training.state import read_log
 
 import mlx.core as mx
@@ -243,7 +246,7 @@ def test_a_damaged_state_is_refused(world, tmp_path, capsys):
     ],
 )
 def test_errors(world, tmp_path, capsys, stage, changes, words):
-    if "eval-needle" in changes and hasattr(hydra_mlx, "needle"):
+    if "eval-needle" in changes and importlib.util.find_spec("hydra_mlx.needles"):
         pytest.skip("needle evaluation is there")
     transfer(world, stage, tmp_path / "o", 2, **changes)
     err = capsys.readouterr().err
@@ -263,8 +266,6 @@ def test_a_fused_student_and_a_foreign_teacher(world, tmp_path, capsys):
 
 
 def test_no_matplotlib_is_said_at_the_start(world, tmp_path, monkeypatch, capsys):
-    import importlib.util
-
     find = importlib.util.find_spec
     gone = lambda name, *rest: None if name == "matplotlib" else find(name, *rest)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", gone)
@@ -277,23 +278,23 @@ def test_a_broken_loss_stops(world, tmp_path, capsys):
     assert "smaller --lr" in capsys.readouterr().err and not (tmp_path / "o").exists()
 
 
-def test_needles_are_asked_for_through_one_function(world, tmp_path, monkeypatch):
-    from hydra_mlx.training import evaluate
-
+def test_needles_are_evaluated_by_hydra_mlx_needles(world, tmp_path, monkeypatch):
+    """Through three names of it, so that this test needs no more than those."""
     asked = []
 
-    def accuracy(model, tokenizer, length, count, seed):
-        asked.append((length, count, seed, model(mx.zeros((1, 3), mx.int32)).shape))
-        return 0.5
+    def evaluate(model, tokenizer, settings):
+        ids = mx.array([tokenizer.encode("the sea")])
+        asked.append((settings.lengths, settings.trials, settings.seed, model(ids).shape))
+        return ["cells"]
 
-    from hydra_mlx.training import evaluate as module
-
-    monkeypatch.setattr(module, "needle_function", lambda: accuracy)
-    needles = evaluate.Needles((64, 128), 3, 7, None)
-    _, _, teacher = students.parts(world)
-    found = evaluate.evaluate(teacher, teacher, None, needles, 64)
-    assert found == {"needle_64": 0.5, "needle_128": 0.5}
-    assert asked == [(n, 3, 7, (1, 3, 260)) for n in (64, 128)]
+    fake = SimpleNamespace(
+        NeedleSettings=SimpleNamespace, evaluate=evaluate, accuracy=lambda cells, keys, n: n / 100
+    )
+    monkeypatch.setattr(training_evaluate, "_needles", lambda: fake)
+    transfer(world, "long", tmp_path / "o", **{"eval-needle": 64, "needles": 3, "seed": 7})
+    rows = [r for r in read_log(tmp_path / "o.run" / "losses.jsonl") if "eval" in r]
+    assert [r["eval"] for r in rows] == [{"needle_64": 0.64}] * 2
+    assert asked == [((64,), 3, 7, (1, 7, 260))] * 2
 
 
 def test_from_scores_to_an_answer(world, tmp_path, capsys, stdin):

@@ -3,6 +3,7 @@
 Axes: N windows, T tokens of a window.
 """
 
+import importlib
 import importlib.util
 import math
 from dataclasses import dataclass
@@ -21,27 +22,29 @@ class Needles:
     """What needle evaluation is wanted during training.
 
     Attributes:
-        lengths: Tokens of the haystacks. count: Needles at each length. seed: Of both.
+        lengths: Tokens of the texts. trials: Texts of each length and depth. seed: Of all.
         tokenizer: The model's.
     """
 
     lengths: tuple
-    count: int
+    trials: int
     seed: int
     tokenizer: Any
 
+    def __post_init__(self):
+        _needles()
 
-def needle_function():
-    """hydra_mlx.needle.accuracy(model, tokenizer, length, count, seed) -> share found.
+    def accuracy(self, model: Model, length: int) -> float:
+        """Share of single-key needles found over all depths."""
+        needles = _needles()
+        settings = needles.NeedleSettings(lengths=(length,), trials=self.trials, seed=self.seed)
+        return needles.accuracy(needles.evaluate(model, self.tokenizer, settings), 1, length)
 
-    Raises:
-        UsageError: This version of hydra_mlx has no such evaluation.
-    """
-    if importlib.util.find_spec("hydra_mlx.needle") is not None:
-        found = getattr(importlib.import_module("hydra_mlx.needle"), "accuracy", None)
-        if found is not None:
-            return found
-    raise UsageError("--eval-needle needs hydra_mlx.needle, which is not there.")
+
+def _needles():
+    if importlib.util.find_spec("hydra_mlx.needles") is None:
+        raise UsageError("--eval-needle needs hydra_mlx.needles, which this version has not.")
+    return importlib.import_module("hydra_mlx.needles")
 
 
 def compare(student: Model, teacher: Model | None, windows: np.ndarray, chunk: int) -> dict:
@@ -89,8 +92,5 @@ def evaluate(
     """Everything that was asked for, as one flat record."""
     out = {} if windows is None else compare(student, teacher, windows, chunk)
     if needles is not None:
-        accuracy = needle_function()
-        for length in needles.lengths:
-            score = accuracy(student, needles.tokenizer, length, needles.count, needles.seed)
-            out[f"needle_{length}"] = float(score)
+        out.update({f"needle_{n}": needles.accuracy(student, n) for n in needles.lengths})
     return out
