@@ -18,6 +18,9 @@ from . import ops
 from .cache import CONV, STATE
 from .config import HydraArgs, layer_heads
 
+# Queries whose attention scores exist at a time in training; memory is this times T a head.
+TRAIN_BLOCK = 1024
+
 
 @dataclass
 class Projected:
@@ -89,7 +92,14 @@ class Mixer(nn.Module):
         if kv is not None:
             k, v = kv.update_and_fetch(k, v)
         o = ops.ragged_attention(
-            q, k, v, self.heads.runs, 1 / math.sqrt(args.head_dim), step.fa_mask, kv
+            q,
+            k,
+            v,
+            self.heads.runs,
+            1 / math.sqrt(args.head_dim),
+            step.fa_mask,
+            kv,
+            TRAIN_BLOCK if self.training else None,
         )
         norm_weight = self.weight("fa_norm")
         return ops.fa_fusion(

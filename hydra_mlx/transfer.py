@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import cli, text
-from .errors import UsageError
+from .errors import HydraError, UsageError
 
 # Learning rate and sequence length of each stage (spec section 4).
 DEFAULTS = {"align": (1e-3, 512), "distil": (1e-4, 512), "long": (1e-5, 16384)}
@@ -229,8 +229,8 @@ def run_stage(args: argparse.Namespace, plan: Plan, stop) -> bool:
     del weights
     say = (lambda line: None) if args.quiet else cli.say
     say(
-        f"{recipe.stage}: {parameter_count(trainer.weights) / 1e6:.1f} of "
-        f"{total / 1e6:.1f} M weights, {recipe.steps:,} steps of "
+        f"{recipe.stage}: {parameter_count(trainer.weights):,} of "
+        f"{total:,} weights, {recipe.steps:,} steps of "
         f"{recipe.tokens_per_step:,} tokens from {plan.documents.total:,}, {recipe.dtype}"
     )
     report = lambda record: say(describe(record, recipe))  # noqa: E731
@@ -265,7 +265,15 @@ def work(args: argparse.Namespace) -> int:
     """Do what the flags say; returns the exit code."""
     plan = make_plan(args)
     with cli.Interrupt() as interrupt:
-        done = run_stage(args, plan, interrupt)
+        try:
+            done = run_stage(args, plan, interrupt)
+        except (MemoryError, RuntimeError) as e:
+            if not cli.is_out_of_memory(e):
+                raise
+            raise HydraError(
+                f"Out of memory ({text.first_line(e)}).",
+                "Try --accumulate, --grad-checkpoint or a smaller --chunk; states are kept.",
+            ) from e
     return 0 if done else cli.INTERRUPTED
 
 

@@ -183,6 +183,22 @@ def test_gradient_of_the_gated_delta_rule(T, chunk):
         assert abs((grads[i] * direction).sum() - numeric) < 2e-5 * scale, i
 
 
+@pytest.mark.parametrize("T, block", [(16, 8), (21, 8), (9, 8), (30, 4)])
+def test_gradient_of_blocked_attention(T, block):
+    """Ragged grouping, blocks that do not divide T: the same as MLX's own gradient."""
+    rng = np.random.RandomState(T)
+    q, k, v = (mx.array(rng.standard_normal((2, n, T, 6)), mx.float32) for n in (5, 2, 2))
+    seed = mx.array(rng.standard_normal(q.shape), mx.float32)
+    runs = ((0, 4, 0, 1), (4, 1, 1, 1))
+    results = []
+    for size in (None, block):
+        attend = lambda *x, size=size: ops.ragged_attention(*x, runs, 0.4, "causal", block=size)  # noqa: E731
+        loss = lambda *x, attend=attend: (attend(*x) * seed).sum()  # noqa: E731
+        results.append([attend(q, k, v), *gradient_of(loss, q, k, v)])
+    for a, b in zip(*results, strict=True):
+        same(b, a)
+
+
 @pytest.mark.parametrize("stage", ["align", "distil"])
 def test_gradients_of_a_stage_against_differences(world, stage):
     """Along each kind of tensor, one step of the loss up and down."""

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import hydra_mlx
 from hydra_mlx.__main__ import main
 from hydra_mlx.training import evaluate as training_evaluate
+from hydra_mlx.training import steps
 from hydra_mlx.training.state import read_log
 
 import mlx.core as mx
@@ -191,8 +192,6 @@ def test_killed_at_random_and_resumed_is_never_killed(world, tmp_path, trainers,
 
 
 def test_ctrl_c_saves_and_goes_on(world, tmp_path, monkeypatch, capsys):
-    from hydra_mlx.training import steps
-
     advance, seen = steps.Trainer.advance, []
 
     def interrupted(self, tokens):
@@ -278,6 +277,15 @@ def test_a_broken_loss_stops(world, tmp_path, capsys):
     assert "smaller --lr" in capsys.readouterr().err and not (tmp_path / "o").exists()
 
 
+def test_out_of_memory_names_the_flags_that_help(world, tmp_path, monkeypatch, capsys):
+    def fail(self, tokens):
+        raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+
+    monkeypatch.setattr(steps.Trainer, "advance", fail)
+    transfer(world, "long", tmp_path / "o", 2)
+    assert "--grad-checkpoint" in capsys.readouterr().err
+
+
 def test_needles_are_evaluated_by_hydra_mlx_needles(world, tmp_path, monkeypatch):
     """Through three names of it, so that this test needs no more than those."""
     asked = []
@@ -309,9 +317,9 @@ def test_from_scores_to_an_answer(world, tmp_path, capsys, stdin):
     student = tmp_path / "student"
     hydra("migrate", world.base, "--scores", tmp_path / "scores.json", "--out", student, "--quiet")
     losses = {}
-    for stage, steps in (("align", 30), ("distil", 30), ("long", 10)):
+    for stage, length in (("align", 30), ("distil", 30), ("long", 10)):
         out = tmp_path / stage
-        extra = {"student": student, "steps": steps, "eval-text": world.held_out}
+        extra = {"student": student, "steps": length, "eval-text": world.held_out}
         transfer(world, stage, out, **extra, **({"length": 128} if stage == "long" else {}))
         tests = [r["eval"] for r in read_log(tmp_path / f"{stage}.run/losses.jsonl") if "eval" in r]
         losses[stage], student = (tests[0]["kl"], tests[-1]["kl"]), out
