@@ -1,7 +1,7 @@
 """Losses and steps of the transfer against their literal definitions (spec section 4)."""
 
 import hydra_mlx  # noqa: F401  (before mlx: it chooses the BLAS library)
-from hydra_mlx import ops, reference
+from hydra_mlx import mixer, ops, reference
 from hydra_mlx.training.evaluate import compare
 from hydra_mlx.training.losses import (
     hidden_states,
@@ -238,11 +238,14 @@ def test_checkpointing_and_accumulation_change_nothing(world, stage):
     same(one.advance(batch)["grad_norm"], two.advance(batch)["grad_norm"], 1e-3)
 
 
-def test_compiled_is_eager(world):
+def test_compiled_is_eager(world, monkeypatch):
+    """With checkpointed layers and attention in blocks on the compiled side."""
     batch = students.tokens(2, 16)
     values = {}
     for compiled in (False, True):
-        trainer = students.trainer(world, "distil", compiled, batch=2, length=16)
+        if compiled:
+            monkeypatch.setattr(mixer, "TRAIN_BLOCK", 8)
+        trainer = students.trainer(world, "distil", compiled, compiled, batch=2, length=16)
         values[compiled] = [trainer.advance(batch)["loss"].item() for _ in range(4)]
     same(values[True], values[False], 1e-4)
     assert values[True][3] < values[True][0]

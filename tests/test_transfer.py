@@ -72,7 +72,10 @@ def transfer(world, stage, out, code=0, **changes):
 
 @pytest.mark.parametrize("stage", ["align", "distil", "long"])
 def test_a_stage(world, tmp_path, stage):
-    extra = {"eval-text": world.held_out, "plot": tmp_path / "p.png", "steps": 30, "keep": 1}
+    extra = {"eval-text": world.held_out, "steps": 30, "keep": 1}
+    plots = importlib.util.find_spec("matplotlib") is not None
+    if plots:
+        extra["plot"] = tmp_path / "p.png"
     if stage == "long":
         extra["teacher"] = None
     out = transfer(world, stage, tmp_path / "out", **extra)
@@ -87,7 +90,7 @@ def test_a_stage(world, tmp_path, stage):
     key = "perplexity" if stage == "long" else "kl"
     if stage != "align":
         assert tests[1]["eval"][key] < tests[0]["eval"][key]
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert not plots or (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in (tmp_path / "out.run").glob("step-*")] == ["step-00000030"]
     before, after = read(world.student), read(out)
     assert {n: x.shape for n, x in before.items()} == {n: x.shape for n, x in after.items()}
