@@ -111,7 +111,7 @@ def make_job(args: argparse.Namespace):
     """
     from .converter import Job
     from .layouts import model_shapes
-    from .loading import DTYPES, resolve_path
+    from .loading import DTYPES
     from .quantise import make_plan, require_effect
     from .sources import open_source
 
@@ -141,7 +141,7 @@ def make_job(args: argparse.Namespace):
     if args.seed is not None and args.head_map is None:
         raise UsageError("--seed has no effect without --head-map.")
     shard_bytes = parse_size(args.max_shard_size)
-    path = _resolve(args, resolve_path)
+    path = resolve_source(args.mlx_path if back else args.hf_path, args.revision)
     source = open_source(path, args.head_map)
     if back and (source.config.get("quantization") or source.config.get("quantization_config")):
         raise UsageError(
@@ -168,15 +168,21 @@ def make_job(args: argparse.Namespace):
     return job, target
 
 
-def _resolve(args: argparse.Namespace, resolve_path) -> Path:
-    text = args.mlx_path if args.to_hf is not None else args.hf_path
-    if args.revision is None:
+def resolve_source(text: str, revision: str | None) -> Path:
+    """The local path of a folder, a file or a hub id, which is fetched.
+
+    Raises:
+        UsageError: There is no such thing, or a revision of something local.
+    """
+    from .loading import resolve_path
+
+    if revision is None:
         return resolve_path(text)
     if Path(text).expanduser().exists():
         raise UsageError(f"--revision is for hub ids; {text} is local.")
     from .fetch import fetch_hub
 
-    return fetch_hub(text, args.revision)
+    return fetch_hub(text, revision)
 
 
 def print_plan(job, target: Path, log: Callable[[str], None]):

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from . import __version__
 from .cache import kv_bytes_per_token, state_bytes
 from .config import ARCHITECTURE, HydraArgs
 from .errors import CheckpointError, UsageError
+from .files import sync_folder
 from .forms import fuse_layer, migrate_layer, unfuse_layer
 from .layouts import LAYER, model_shapes
 from .loading import DTYPES, memory_bytes
@@ -49,7 +50,8 @@ class Job:
             source's. keep_packed: Pass the source's own quantisation through (used when neither
             quant nor dtype is given). seed: Of tensors that a migration adds; None makes them zero.
         shard_bytes: Most bytes of an output shard. for_hf: Write the spec layout for others:
-            PyTorch metadata and no MLX extras.
+            PyTorch metadata and no MLX extras. gamma: [L, H] head scales that a migration starts
+            with, None for ones. conv: How its convolutions start, see migrate_layer.
     """
 
     source: Source
@@ -59,6 +61,8 @@ class Job:
     seed: int | None
     shard_bytes: int
     for_hf: bool = False
+    gamma: Sequence | None = None
+    conv: str = "identity"
 
     @property
     def keep_packed(self) -> bool:
@@ -80,7 +84,8 @@ def spec_layer(job: Job, i: int) -> dict:
     if not keep:
         w = {n: to_float(x, _float_type(w)) if isinstance(x, Packed) else x for n, x in w.items()}
     if source.form == "base":
-        w = migrate_layer(args, i, w, job.seed)
+        gamma = None if job.gamma is None else job.gamma[i]
+        w = migrate_layer(args, i, w, job.seed, gamma, job.conv)
     if source.form == job.form:
         return w
     if job.form == "fused":
@@ -314,7 +319,7 @@ def _run(job: Job, target: Path, overwrite: bool, progress, check) -> Path:
             (partial / MANIFEST).write_text(json.dumps(data, indent=1) + "\n", "utf-8")
         if check is not None:
             check(partial)
-        _sync(partial)
+        sync_folder(partial)
         partial.chmod(0o755)
         _put_in_place(partial, target)
     finally:
@@ -394,13 +399,3 @@ def _put_in_place(partial: Path, target: Path):
         _discard(_old(target), target)
     else:
         partial.rename(target)
-
-
-def _sync(folder: Path):
-    """Push every byte to the disk before the name appears."""
-    for path in [*folder.iterdir(), folder]:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

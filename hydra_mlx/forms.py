@@ -7,6 +7,8 @@ fused -> spec    unfuse_layer: the same function in the layout of section 2
 A layer is a dict of names below `model.layers.{i}.` to weights (mx.array or Packed).
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 
@@ -193,16 +195,25 @@ def unfuse_layer(args: HydraArgs, layer: int, w: dict) -> dict:
     return out
 
 
-def migrate_layer(args: HydraArgs, layer: int, base: dict, seed: int | None = 0) -> dict:
+def migrate_layer(
+    args: HydraArgs,
+    layer: int,
+    base: dict,
+    seed: int | None = 0,
+    gamma: Sequence | None = None,
+    conv: str = "identity",
+) -> dict:
     """A pretrained Transformer layer as an initialised HydraHead layer (spec section 4).
 
     FA heads take the base rows of q, k, v; LA heads their q rows and the k, v rows of their
-    key/value head, repeated; new tensors follow the Gated DeltaNet initialisation, with the
-    convolution starting as the identity tap. The result depends on `seed` and `layer` only.
+    key/value head, repeated; new tensors follow the Gated DeltaNet initialisation. The result
+    depends on the arguments only.
 
     Args:
         base: Tensors of a Llama or Qwen3 layer, names below `model.layers.{i}.`.
         seed: Of the new tensors; None leaves the large random ones zero.
+        gamma: [H] head scales, or None for ones; without effect when args.fusion_scale is off.
+        conv: "identity" starts filters as the present token alone, "random" as PyTorch would.
     """
     H, D, E = args.num_attention_heads, args.head_dim, args.hidden_size
     group = H // args.num_key_value_heads
@@ -250,6 +261,9 @@ def migrate_layer(args: HydraArgs, layer: int, base: dict, seed: int | None = 0)
             tap = np.zeros((Hl * D, 1, args.la_conv_kernel), np.float32)
             tap[..., -1] = 1.0
             for n in "qkv":
+                if conv == "random" and seed is not None:
+                    bound = args.la_conv_kernel**-0.5
+                    tap = rng.uniform(-bound, bound, tap.shape)
                 out[f"{ATTN}la.{n}_conv1d.weight"] = new(tap)
         for n in "ab":
             out[f"{ATTN}la.{n}_proj.weight"] = small(Hl, E)
@@ -260,5 +274,5 @@ def migrate_layer(args: HydraArgs, layer: int, base: dict, seed: int | None = 0)
         if args.la_output_gate is not None:
             out[ATTN + "la.gate_proj.weight"] = small(Hl * D, E)
     if args.fusion_scale:
-        out[ATTN + "head_scale"] = mx.ones((H,))
+        out[ATTN + "head_scale"] = mx.ones((H,)) if gamma is None else mx.array(gamma, mx.float32)
     return out

@@ -20,6 +20,9 @@ from .config import HydraArgs, layer_heads
 from .layer_kernels import LayerKernels
 from .step import Projected, Step
 
+# Queries whose attention scores exist at a time in training; memory is this times T a head.
+TRAIN_BLOCK = 1024
+
 
 class Mixer(nn.Module):
     """Both kinds of head of one layer, from the normed input [B, T, E] to [B, T, E]."""
@@ -73,8 +76,8 @@ class Mixer(nn.Module):
             s = ops.log_length_scale(step.offset, q.shape[2], args.logit_scale_a)
             s = s[:, None] if s.ndim == 2 else s
             q = (q.astype(mx.float32) * s[..., None]).astype(q.dtype)
-        scale = 1 / math.sqrt(args.head_dim)
-        o = ops.ragged_attention(q, k, v, self.heads.runs, scale, step.fa_mask, kv)
+        scale, block = 1 / math.sqrt(args.head_dim), TRAIN_BLOCK if self.training else None
+        o = ops.ragged_attention(q, k, v, self.heads.runs, scale, step.fa_mask, kv, block)
         return o.swapaxes(1, 2)
 
     def linear_attention(self, p: Projected, step: Step, arrays: Any) -> mx.array:

@@ -185,12 +185,12 @@ class GGUFSource(Source):
         return True
 
 
-def read_head_map(text: str, layers: int, num_heads: int) -> dict:
+def read_head_map(text: str | dict, layers: int, num_heads: int) -> dict:
     """A head map: a JSON file with full_attention_heads and, if wanted, other keys of section 2.
 
     Args:
-        text: Path of the file, or "identity" for every head full attention and the base model's
-            own mathematics.
+        text: Path of the file, its content as a dict, or "identity" for every head full
+            attention and the base model's own mathematics.
 
     Returns:
         HydraHead config keys.
@@ -201,6 +201,8 @@ def read_head_map(text: str, layers: int, num_heads: int) -> dict:
     if text == "identity":
         heads = [list(range(num_heads)) for _ in range(layers)]
         return {"full_attention_heads": heads, **IDENTITY}
+    if isinstance(text, dict):
+        return _checked_head_map("The head map", text, layers, num_heads)
     path = Path(text).expanduser()
     try:
         data = json.loads(path.read_text("utf-8"))
@@ -211,22 +213,26 @@ def read_head_map(text: str, layers: int, num_heads: int) -> dict:
         ) from None
     except (UnicodeDecodeError, ValueError, RecursionError):
         raise ConfigError(f"The head map {path} is not valid JSON.") from None
+    return _checked_head_map(f"The head map {path}", data, layers, num_heads)
+
+
+def _checked_head_map(where: str, data: Any, layers: int, num_heads: int) -> dict:
     if isinstance(data, list):
         data = {"full_attention_heads": data}
     if not isinstance(data, dict) or "full_attention_heads" not in data:
-        raise ConfigError(f'The head map {path} has no "full_attention_heads".')
+        raise ConfigError(f'{where} has no "full_attention_heads".')
     check_head_map(data["full_attention_heads"], layers, num_heads)
     allowed = {f.name for f in fields(HydraArgs)} - set(COPIED) - {"weights_form", "model_type"}
     extra = sorted(set(data) - allowed)
     if extra:
         raise ConfigError(
-            f"The head map {path} has the unknown key {extra[0]!r}.",
+            f"{where} has the unknown key {extra[0]!r}.",
             f"Known: {', '.join(sorted(allowed))}.",
         )
     return data
 
 
-def migrated_args(config: dict, head_map: str) -> HydraArgs:
+def migrated_args(config: dict, head_map: str | dict) -> HydraArgs:
     """HydraHead config for a plain Llama or Qwen3 config and a head map.
 
     Raises:
@@ -257,7 +263,7 @@ def migrated_args(config: dict, head_map: str) -> HydraArgs:
     return HydraArgs.from_dict({**out, "fa_qk_norm": qk_norm, "la_qk_norm": qk_norm, **heads})
 
 
-def open_source(path: Path, head_map: str | None) -> Source:
+def open_source(path: Path, head_map: str | dict | None) -> Source:
     """Open a checkpoint: HydraHead (spec or converted), Llama, Qwen3, or a Llama GGUF.
 
     Args:
@@ -337,7 +343,7 @@ def _check_packed(infos: dict, stem: str, shape: tuple, q: dict):
             )
 
 
-def _open_gguf(path: Path, head_map: str | None) -> Source:
+def _open_gguf(path: Path, head_map: str | dict | None) -> Source:
     gguf = GGUFFile.open(path)
     config = config_from_gguf(gguf.metadata, gguf.tensors)
     if head_map is None:

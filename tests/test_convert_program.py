@@ -347,7 +347,7 @@ def test_interruption_leaves_nothing(error, overwrite, spec, tmp_path, monkeypat
     def fail(folder):
         raise error
 
-    monkeypatch.setattr(converter, "_sync", fail)
+    monkeypatch.setattr(converter, "sync_folder", fail)
     convert(*flags, "-q", code=130 if error is KeyboardInterrupt else 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == (["o"] if overwrite else [])
     if overwrite:

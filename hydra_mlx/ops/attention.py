@@ -27,6 +27,48 @@ def log_length_scale(offset: Any, T: int, a: float) -> mx.array:
     return 1.0 + mx.log1p(mx.maximum(t, 0.0) / a) / math.log(a)
 
 
+def blocked_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, block: int) -> mx.array:
+    """Causal attention whose gradient never holds all scores: `block` queries at a time.
+
+    MLX's own gradient makes [T, T] scores of every head, 1 GB each at 16384 tokens.
+
+    Args:
+        q: [B, Hq, T, D]. k, v: [B, Hk, T, D], Hk divides Hq. scale: Multiplies the scores.
+
+    Returns:
+        [B, Hq, T, D].
+    """
+    T = q.shape[2]
+    cuts = [(i, min(i + block, T)) for i in range(0, T, block)]
+
+    def one(q, k, v):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+
+    @mx.custom_function
+    def run(q, k, v):
+        out = []
+        for i, end in cuts:
+            # MLX would start several blocks at once; each waits for the one before.
+            part = mx.depends([q[:, :, i:end]], out[-1:])[0] if out else q[:, :, i:end]
+            out.append(one(part, k[:, :, :end], v[:, :, :end]))
+        return mx.concatenate(out, axis=2)
+
+    @run.vjp
+    def run_vjp(primals, cotangent, output):
+        q, k, v = primals
+        dq, dk, dv = [], mx.zeros_like(k), mx.zeros_like(v)
+        for i, end in cuts:
+            part = mx.depends([q[:, :, i:end]], [dk, dv, *dq[-1:]])[0]
+            inputs = [part, k[:, :, :end], v[:, :, :end]]
+            _, grads = mx.vjp(one, inputs, [cotangent[:, :, i:end]])
+            rest = [(0, 0), (0, 0), (0, T - end), (0, 0)]
+            dq.append(grads[0])
+            dk, dv = dk + mx.pad(grads[1], rest), dv + mx.pad(grads[2], rest)
+        return mx.concatenate(dq, axis=2), dk, dv
+
+    return run(q, k, v)
+
+
 def ragged_attention(
     q: mx.array,
     k: Any,
@@ -35,6 +77,7 @@ def ragged_attention(
     scale: float,
     mask: Any = None,
     cache: Any | None = None,
+    block: int | None = None,
 ) -> mx.array:
     """Causal softmax attention where key/value heads may serve different numbers of FA heads.
 
@@ -43,6 +86,7 @@ def ragged_attention(
         runs: LayerHeads.runs, (q_start, n_q, kv_start, n_kv); one attention call each.
         scale: Multiplies the scores. mask: None, "causal", or a bool or additive array.
         cache: The cache that k and v came from; tells how they are quantised.
+        block: For training: most queries whose scores exist at a time; causal, without a cache.
 
     Returns:
         [B, Hf, T, D].
@@ -52,6 +96,12 @@ def ragged_attention(
         whole = start == 0 and n == x.shape[1]
         return x if whole else x[:, start : start + n]
 
+    if block is not None and cache is None and mask == "causal" and q.shape[2] > block:
+        parts = [
+            blocked_attention(heads(q, i, n), heads(k, j, m), heads(v, j, m), scale, block)
+            for i, n, j, m in runs
+        ]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
     parts = [
         scaled_dot_product_attention(
             heads(q, q_start, n_q),

@@ -24,6 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 CHUNK = 64
+GROUP = 32  # chunks whose products are made at once: memory grows with it, launches shrink
 STEPS_AT_MOST = 4  # up to here token-by-token is the smaller graph
 
 
@@ -113,31 +114,39 @@ def _steps(q, k, v, g, beta, S):
 
 
 def _chunked(q, k, v, g, beta, S, C):
-    B, T, Hl, _ = q.shape
+    T = q.shape[1]
     C = min(C, 1 << (T - 1).bit_length())
+    ends = list(range(GROUP * C, T, GROUP * C))
+    # Splits, not slices: the gradient of a slice is as large as what it was cut from.
+    groups = zip(*(mx.split(x, ends, axis=1) for x in (q, k, v, g, beta)), strict=True)
+    out = []
+    for group in groups:
+        o, S = _one_group(*(_in_chunks(x, C) for x in group), S)
+        out.append(o[:, : group[0].shape[1]])
+    o = mx.concatenate(out, axis=1) if len(out) > 1 else out[0]
+    return o.astype(v.dtype), S
+
+
+def _in_chunks(x, C):
+    """[B, t, Hl, ...] -> [n, B, Hl, C, ...] in float32; missing tokens become zeros, which leave
+    the state alone (g = 0 keeps it, beta = 0 writes nothing)."""
+    x = x.astype(mx.float32)
+    short = -x.shape[1] % C
+    if short:
+        x = mx.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(x.shape[0], -1, C, *x.shape[2:])
+    return mx.swapaxes(mx.moveaxis(x, 1, 0), 2, 3)
+
+
+def _one_group(q, k, v, g, beta, S):
+    """n chunks of C tokens. q, k [n, B, Hl, C, Dk]; v [n, B, Hl, C, Dv]; g, beta [n, B, Hl, C].
+
+    Only what needs the state goes chunk by chunk; the rest is one operation for all of them.
+    Returns o [B, n*C, Hl, Dv] and the state after them.
+    """
+    n, B, Hl, C, _ = q.shape
     tri = mx.tri(C, C, 0, dtype=mx.float32)
     below = mx.tri(C, C, -1, dtype=mx.bool_)
-    out = []
-    for start in range(0, T, C):
-        cut = [_heads_first(x[:, start : start + C], C) for x in (q, k, v, g, beta)]
-        o, S = _one_chunk(*cut, S, tri, below)
-        out.append(o)
-    o = mx.concatenate(out, axis=2)[:, :, :T] if len(out) > 1 else out[0][:, :, :T]
-    return mx.swapaxes(o, 1, 2).astype(v.dtype), S
-
-
-def _heads_first(x, C):
-    """[B, t, Hl, ...] -> [B, Hl, C, ...] in float32; missing tokens become zeros, which leave
-    the state alone (g = 0 keeps it, beta = 0 writes nothing)."""
-    x = mx.swapaxes(x.astype(mx.float32), 1, 2)
-    short = C - x.shape[2]
-    if short:
-        x = mx.pad(x, [(0, 0), (0, 0), (0, short)] + [(0, 0)] * (x.ndim - 3))
-    return x
-
-
-def _one_chunk(q, k, v, g, beta, S, tri, below):
-    """One chunk of C tokens. q, k [B, Hl, C, Dk]; v [B, Hl, C, Dv]; g, beta [B, Hl, C]."""
     kt = mx.swapaxes(k, -1, -2)
     # Row i, column j of the cumulative sum over i holds g_{j+1} + ... + g_i.
     segments = mx.cumsum(mx.where(below, g[..., None], 0.0), axis=-2)
@@ -148,10 +157,17 @@ def _one_chunk(q, k, v, g, beta, S, tri, below):
     A = mx.where(below, (k * beta) @ kt * D, 0.0)
     R = unit_lower_inverse(A)
     # W S^T first would need U and W apart; R (beta V - beta D K S^T) is one product fewer.
-    P = R @ (beta * (v - since_start * (k @ mx.swapaxes(S, -1, -2))))
-    o = since_start * (q @ mx.swapaxes(S, -1, -2)) + (q @ kt * D) @ P
-    S = since_start[..., -1:, :] * S + mx.swapaxes(to_end * P, -1, -2) @ k
-    return o, S
+    keys, decay = beta * since_start * k, since_start[..., -1:, :]
+    chunks = zip(*(mx.split(x, n) for x in (R, beta * v, keys, to_end * k, decay)), strict=True)
+    S, states, written = S[None], [], []
+    for R_c, v_c, keys_c, k_c, decay_c in chunks:
+        P = R_c @ (v_c - keys_c @ mx.swapaxes(S, -1, -2))
+        states.append(S)
+        written.append(P)
+        S = decay_c * S + mx.swapaxes(P, -1, -2) @ k_c
+    states, P = mx.concatenate(states), mx.concatenate(written)
+    o = since_start * (q @ mx.swapaxes(states, -1, -2)) + (q @ kt * D) @ P
+    return mx.moveaxis(mx.swapaxes(o, 2, 3), 0, 1).reshape(B, n * C, Hl, -1), S[0]
 
 
 def _check_shapes(q, k, v, g, beta, state, mask, chunk):
