@@ -15,11 +15,14 @@ Backward, from dO and dS' (both known when the chunks are walked from the last t
     dS = exp(gl) dS' + (e Q)^T dO - (e K)^T (beta dX)
     dV = beta dX,   dQ = e (dO S^T) + (dM * D) K
     dK = (dM * D)^T Q + f (P dS'^T) - e (dV S^T) + N K + N^T K,   N = beta (dA * D)
-    dbeta = (dX . P) / beta,   dG = dO . O - dV . V,   dgl = <S', dS'>
+    dbeta = (dX . P) / beta
+    dG = Q . dQ + K . (N K - e (dV S^T)) - K . (f (P dS'^T) + (dM * D)^T Q + N^T K)
+    dgl = K . f (P dS'^T), summed over the chunk, + exp(gl) <S, dS>
 
-The short forms of dbeta and dG are sums over a row, and follow from (I + A) P = X and
-(I + A)^T dX = dP; dg is dG summed from the chunk's end. Every decay is an exponential of a
-difference of running sums, so g must be finite, which training's always is.
+dbeta is a sum over a row and follows from (I + A) P = X; dg is dG summed from the chunk's end,
+plus dgl. (dG = dO . O - dV . V is shorter, but then terms that cancel are rounded apart: half
+the digits of dg went in bfloat16.) Every decay is an exponential of a difference of running sums,
+so g must be finite, which training's always is.
 """
 
 from functools import cache
@@ -112,11 +115,11 @@ def chunk_forward(q, k, v, g, beta, chunk=CHUNK):
     return _join(o).to(v.dtype), states, R
 
 
-def chunk_backward(q, k, v, g, beta, o, states, R, do, chunk=CHUNK):
+def chunk_backward(q, k, v, g, beta, states, R, do, chunk=CHUNK):
     """Returns dq, dk, dv, dg, dbeta, with the tensors of chunk_forward and dO."""
     C = _check(q, chunk)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    qc, kc, vc, gc, bc, oc, doc = (_split(x, C, dtype) for x in (q, k, v, g, beta, o, do))
+    qc, kc, vc, gc, bc, doc = (_split(x, C, dtype) for x in (q, k, v, g, beta, do))
     S, R = states.to(dtype), R.to(dtype)
     e, f, D, last, _ = _chunk_terms(kc, gc, bc)
     M, b = D * (qc @ kc.mT), bc[..., None]
@@ -136,11 +139,12 @@ def chunk_backward(q, k, v, g, beta, o, states, R, do, chunk=CHUNK):
     dMD = doc @ P.mT * D
     N = -b * ((dX @ P.mT) * D).tril(-1)
     dq = e * (doc @ S.mT) + dMD @ kc
-    dk = dMD.mT @ qc + f * (P @ dS1.mT) - e * (dv @ S.mT) + N @ kc + N.mT @ kc
+    PdS = f * (P @ dS1.mT)
+    row, column = N @ kc - e * (dv @ S.mT), PdS + dMD.mT @ qc + N.mT @ kc
+    dk = row + column
     dbeta = (dX * P).sum(-1) / bc.clamp(min=1e-20)
-    S1 = last * S + (f * kc).mT @ P
-    dG = (doc * oc).sum(-1) - (dv * vc).sum(-1)
-    dG[..., -1] += (S1 * dS1).sum((-1, -2))
+    dG = (qc * dq + kc * (row - column)).sum(-1)
+    dG[..., -1] += (kc * PdS).sum((-1, -2)) + last[..., 0, 0] * (S * dS1).sum((-1, -2))
     dg = dG.flip(-1).cumsum(-1).flip(-1)
     grads = (_join(x) for x in (dq, dk, dv, dg, dbeta))
     return tuple(x.to(y.dtype) for x, y in zip(grads, (q, k, v, g, beta), strict=True))
@@ -152,7 +156,7 @@ class ChunkDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, beta, chunk):
         o, states, R = chunk_forward(q, k, v, g, beta, chunk)
-        ctx.save_for_backward(q, k, v, g, beta, o, states, R)
+        ctx.save_for_backward(q, k, v, g, beta, states, R)
         ctx.chunk = chunk
         return o
 

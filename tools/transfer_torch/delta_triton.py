@@ -147,7 +147,7 @@ def _walk_back_kernel(q, k, g, do, W_in, dP, dS_out, N, H, C: tl.constexpr, D: t
 
 
 @triton.jit
-def _gradient_kernel(q, k, v, g, beta, o, do, S_in, R_in, P_in, dP, dS_in, dq, dk, dv, dg, dbeta,
+def _gradient_kernel(q, k, g, beta, do, S_in, R_in, P_in, dP, dS_in, dq, dk, dv, dg, dbeta,
                      H, C: tl.constexpr, D: tl.constexpr, DT: tl.constexpr):  # fmt: skip
     """dQ, dK, dV, dg and dbeta of one chunk."""
     tokens, gate, square, state = _place(tl.program_id(0), H, C, D)
@@ -159,25 +159,21 @@ def _gradient_kernel(q, k, v, g, beta, o, do, S_in, R_in, P_in, dP, dS_in, dq, d
     tl.store(dbeta + gate, tl.sum(dX * P.to(tl.float32), 1) / tl.maximum(b, 1e-20))
     dV = b[:, None] * dX
     tl.store(dv + tokens, dV.to(dv.dtype.element_ty))
-    dO = tl.load(do + tokens)
-    dG = tl.sum(dO.to(tl.float32) * tl.load(o + tokens).to(tl.float32), 1)
-    dG -= tl.sum(dV * tl.load(v + tokens).to(tl.float32), 1)
     N = tl.where(i > j, -b[:, None] * decay * _dot(dX, tl.trans(P), DT), 0.0)
-    dK = _dot(N, K, DT) + _dot(tl.trans(N), K, DT)
-    S = tl.load(S_in + state)
-    dK -= e[:, None] * _dot(dV, tl.trans(S), DT)
-    dS = tl.load(dS_in + state)
+    S, dS = tl.load(S_in + state), tl.load(dS_in + state)
+    row = _dot(N, K, DT) - e[:, None] * _dot(dV, tl.trans(S), DT)
     PdS = f[:, None] * _dot(P, tl.trans(dS), DT)
-    dK += PdS
-    # <S', dS'>, with S' = exp(gl) S + (f K)^T P written out
-    kept = tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
-    dlast = last * kept + tl.sum(tl.sum(K.to(tl.float32) * PdS, 1), 0)
-    tl.store(dg + gate, dlast + tl.cumsum(dG, 0, reverse=True))
+    Q, dO = tl.load(q + tokens), tl.load(do + tokens)
     dMD = decay * _dot(dO, tl.trans(P), DT)
+    column = PdS + _dot(tl.trans(dMD), Q, DT) + _dot(tl.trans(N), K, DT)
+    tl.store(dk + tokens, (row + column).to(dk.dtype.element_ty))
     dQ = e[:, None] * _dot(dO, tl.trans(S), DT) + _dot(dMD, K, DT)
     tl.store(dq + tokens, dQ.to(dq.dtype.element_ty))
-    dK += _dot(tl.trans(dMD), tl.load(q + tokens), DT)
-    tl.store(dk + tokens, dK.to(dk.dtype.element_ty))
+    K = K.to(tl.float32)
+    dG = tl.sum(Q.to(tl.float32) * dQ + K * (row - column), 1)
+    kept = tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
+    dlast = last * kept + tl.sum(tl.sum(K * PdS, 1), 0)
+    tl.store(dg + gate, dlast + tl.cumsum(dG, 0, reverse=True))
 
 
 def _sizes(q, chunk):
@@ -216,29 +212,28 @@ def _(q, k, v, g, beta, C):
 
 @torch.library.custom_op("hydra::delta_backward", mutates_args=())
 def delta_backward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor,
-    o: torch.Tensor, S: torch.Tensor, R: torch.Tensor, W: torch.Tensor, P: torch.Tensor,
-    do: torch.Tensor, C: int,
+    q: torch.Tensor, k: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, S: torch.Tensor,
+    R: torch.Tensor, W: torch.Tensor, P: torch.Tensor, do: torch.Tensor, C: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Returns dq, dk, dv, dg, dbeta."""
     B, N, H, D, DT, BV = _sizes(q, C)
-    q, k, v, g, beta, do = (x.contiguous() for x in (q, k, v, g, beta, do))
-    dP, dS = torch.empty_like(v), torch.empty_like(S)
-    dq, dk, dv, dg, db = (torch.empty_like(x) for x in (q, k, v, g, beta))
+    q, k, g, beta, do = (x.contiguous() for x in (q, k, g, beta, do))
+    dP, dS = torch.empty_like(P), torch.empty_like(S)
+    dq, dk, dv, dg, db = (torch.empty_like(x) for x in (q, k, P, g, beta))
     grid, warps, walk = (B * N * H,), TUNING["warps"], TUNING["walk_warps"]
     _inside_back_kernel[grid](q, k, g, do, dP, H, C, D, DT, num_warps=warps)
     _walk_back_kernel[(B * H, D // BV)](
         q, k, g, do, W, dP, dS, N, H, C, D, BV, DT, num_warps=walk
     )
     _gradient_kernel[grid](
-        q, k, v, g, beta, o, do, S, R, P, dP, dS, dq, dk, dv, dg, db, H, C, D, DT, num_warps=warps
+        q, k, g, beta, do, S, R, P, dP, dS, dq, dk, dv, dg, db, H, C, D, DT, num_warps=warps
     )
     return dq, dk, dv, dg, db
 
 
 @delta_backward.register_fake
-def _(q, k, v, g, beta, o, S, R, W, P, do, C):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, g, beta))
+def _(q, k, g, beta, S, R, W, P, do, C):
+    return tuple(x.new_empty(x.shape) for x in (q, k, P, g, beta))
 
 
 class TritonDelta(torch.autograd.Function):
@@ -247,7 +242,7 @@ class TritonDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, g, beta, chunk):
         o, S, R, W, P = delta_forward(q, k, v, g, beta, chunk)
-        ctx.save_for_backward(q, k, v, g, beta, o, S, R, W, P)
+        ctx.save_for_backward(q, k, g, beta, S, R, W, P)
         ctx.chunk = chunk
         return o
 
