@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import delta
+from . import delta
 
 FUSION_EPS = 1e-6
 L2_EPS = 1e-6

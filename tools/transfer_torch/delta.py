@@ -8,7 +8,7 @@ taken on trust.
 import torch
 from torch.nn import functional as F
 
-from delta_torch import CHUNK, naive_delta_rule, torch_delta_rule
+from .delta_torch import CHUNK, naive_delta_rule, torch_delta_rule
 
 BACKENDS = ("triton", "torch")
 NAMES = ("o", "dq", "dk", "dv", "dg", "dbeta")
@@ -28,7 +28,7 @@ def set_backend(name: str) -> None:
 def delta_rule(q, k, v, g, beta):
     """o [B, T, H, Dv] of q, k, v [B, T, H, D], log decay g and beta [B, T, H] in float32."""
     if _backend == "triton":
-        from delta_triton import triton_delta_rule
+        from .delta_triton import triton_delta_rule
 
         return triton_delta_rule(q, k, v, g, beta, CHUNK)
     return torch_delta_rule(q, k, v, g, beta, CHUNK)
@@ -63,7 +63,7 @@ def choose_backend(device: str, say=print) -> str:
     if not device.startswith("cuda"):
         set_backend("torch")
         return "torch"
-    import delta_triton
+    from . import delta_triton
 
     # The PyTorch form is itself held to the plain recurrence, on a short text.
     inputs = check_inputs(1, 128, 2, 64, device)

@@ -2,9 +2,10 @@
 
     S_t = alpha_t S_{t-1} + beta_t k_t (v_t - alpha_t S_{t-1}^T k_t)^T,   o_t = S_t^T q_t
 
-S is [Dk, Dv] here, the transpose of the checkpoint's convention, so that rows are tokens all over.
+S is [Dk, Dv] here, the transpose of the checkpoint's convention, so that tokens are rows all over.
 Inside a chunk of C tokens, with G the running sum of g, gl its last value, e = exp(G),
-f = exp(gl - G), D[i, j] = exp(G_i - G_j) for j <= i, A[i, j] = beta_i D[i, j] (k_i . k_j) for j < i:
+f = exp(gl - G), D[i, j] = exp(G_i - G_j) for j <= i and A[i, j] = beta_i D[i, j] (k_i . k_j) for
+j < i:
 
     R = (I + A)^-1,   X = beta (V - e (K S)),   P = R X          the values really written
     M = D * (Q K^T),  O = e (Q S) + M P,        S' = exp(gl) S + (f K)^T P
@@ -25,8 +26,6 @@ the digits of dg went in bfloat16.) Every decay is an exponential of a differenc
 so g must be finite, which training's always is.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -45,7 +44,6 @@ def naive_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -
     return torch.stack(out, 1)
 
 
-@cache
 def merge_masks(C: int, device: torch.device) -> list[Tensor]:
     """Masks [C, C] of the lower-left blocks that joining b-row blocks fills, b = 1, 2, 4, ..."""
     i = torch.arange(C, device=device)

@@ -5,7 +5,7 @@ walk back; all gradients). Letters as in delta_torch.py, where the formulas are;
 and U = R (beta V), so that P = U - W S. Products take bfloat16 and sum in float32, the inverse
 takes TF32; gates and the carried state are float32.
 
-Shapes: q, k, v, o [B, T, H, D]; g, beta [B, T, H] float32; W, P, dP [B, T, H, D]; R [B, N, H, C, C];
+Shapes: q, k, v, o, W, P, dP [B, T, H, D]; g, beta [B, T, H] float32; R [B, N, H, C, C];
 states [B, N, H, D, D]; T = N C. All contiguous. D and C are powers of two from 16 on.
 """
 
@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from delta_torch import CHUNK
+from .delta_torch import CHUNK
 
 # Warps of the kernels over chunks and of the two walks, and columns of S in one walk. Two warps
 # keep Triton off the Hopper-only matrix instructions, should those be compiled wrongly.
@@ -107,8 +107,8 @@ def _output_kernel(q, k, g, P_in, S_in, o, H, C: tl.constexpr, D: tl.constexpr,
     e, _, decay, _ = _decays(g, gate, C)
     Q = tl.load(q + tokens)
     M = decay * _dot(Q, tl.trans(tl.load(k + tokens)), DT)
-    O = e[:, None] * _dot(Q, tl.load(S_in + state), DT) + _dot(M, tl.load(P_in + tokens), DT)
-    tl.store(o + tokens, O.to(o.dtype.element_ty))
+    out = e[:, None] * _dot(Q, tl.load(S_in + state), DT) + _dot(M, tl.load(P_in + tokens), DT)
+    tl.store(o + tokens, out.to(o.dtype.element_ty))
 
 
 @triton.jit
@@ -222,9 +222,7 @@ def delta_backward(
     dq, dk, dv, dg, db = (torch.empty_like(x) for x in (q, k, P, g, beta))
     grid, warps, walk = (B * N * H,), TUNING["warps"], TUNING["walk_warps"]
     _inside_back_kernel[grid](q, k, g, do, dP, H, C, D, DT, num_warps=warps)
-    _walk_back_kernel[(B * H, D // BV)](
-        q, k, g, do, W, dP, dS, N, H, C, D, BV, DT, num_warps=walk
-    )
+    _walk_back_kernel[(B * H, D // BV)](q, k, g, do, W, dP, dS, N, H, C, D, BV, DT, num_warps=walk)
     _gradient_kernel[grid](
         q, k, g, beta, do, S, R, P, dP, dS, dq, dk, dv, dg, db, H, C, D, DT, num_warps=warps
     )

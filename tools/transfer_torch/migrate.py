@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from model import Teacher, attention_shapes, layer_heads
+from .model import Teacher, attention_shapes, layer_heads
 
 HYDRA_KEYS = {
     "model_type": "hydrahead", "architectures": ["HydraHeadForCausalLM"],
@@ -31,7 +31,7 @@ def student_config(base: dict, heads: list[list[int]]) -> dict:
 def calibrate(teacher: Teacher, tokens: Tensor) -> list[dict[str, Tensor]]:
     """Per layer on calibration text [B, T]: RMS of every head's output [H], and the vector w [E]
     with w . h nearest to 1 over the layer's normed inputs h, by ridge regression."""
-    from blocks import rms_norm
+    from .blocks import rms_norm
 
     out, x = [], teacher.start(tokens)
     for i in range(teacher.layers):

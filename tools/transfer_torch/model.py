@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import blocks
+from . import blocks
 
 # What this twin can do: the defaults of the layout, without q/k norms (the base has none).
 SUPPORTED = {
@@ -76,7 +76,9 @@ def layer_tensors(tensors: dict[str, Tensor], i: int, part: str) -> dict[str, Te
 class Decoder:
     """What teacher and student share: embedding, MLPs, final norm; attention is theirs."""
 
-    def __init__(self, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype, compiled: bool):
+    def __init__(
+        self, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype, compiled: bool
+    ):
         self.config, self.tensors, self.dtype = config, tensors, dtype
         self.D, self.eps = config["head_dim"], config["rms_norm_eps"]
         self.embed = tensors["model.embed_tokens.weight"]
@@ -130,7 +132,9 @@ class Decoder:
 class Teacher(Decoder):
     """A plain Llama, its weights rounded to dtype once."""
 
-    def __init__(self, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype, compiled: bool):
+    def __init__(
+        self, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype, compiled: bool
+    ):
         tensors = {n: t.to(dtype) for n, t in tensors.items()}
         super().__init__(config, tensors, dtype, compiled)
         self.block = blocks.compile_block(blocks.teacher_attention, compiled)
@@ -146,7 +150,9 @@ class Teacher(Decoder):
 
     def heads(self, i: int, x: Tensor) -> Tensor:
         """Head outputs [B, T, H, D] of layer i before o_proj."""
-        return blocks.teacher_heads(x, self.projections(i), *self.rope(x.shape[1]), self.D, self.eps)
+        return blocks.teacher_heads(
+            x, self.projections(i), *self.rope(x.shape[1]), self.D, self.eps
+        )
 
 
 class Student(Decoder):
@@ -156,7 +162,9 @@ class Student(Decoder):
         scaled: Whether FA queries get the log-length scale; off in training as in the ancestor.
     """
 
-    def __init__(self, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype, compiled: bool):
+    def __init__(
+        self, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype, compiled: bool
+    ):
         check_config(config)
         expected = tensor_shapes(config)
         found = {n: tuple(t.shape) for n, t in tensors.items()}
@@ -173,8 +181,8 @@ class Student(Decoder):
         self.block = blocks.compile_block(blocks.student_block, compiled)
 
     def parameters(self, part: str = "") -> list[Tensor]:
-        """All tensors whose name holds `part`, in a fixed order."""
-        return [t for n, t in self.tensors.items() if part in n]
+        """All tensors whose name holds `part`, sorted by name: a file keeps no other order."""
+        return [self.tensors[n] for n in sorted(self.tensors) if part in n]
 
     def attention(self, i: int, x: Tensor) -> Tensor:
         scale, T = None, x.shape[1]
