@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .retrieval import Tasks, words_of
@@ -151,7 +152,7 @@ def loader(batches: Batches, first: int, last: int, workers: int) -> DataLoader:
     ahead = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
     return DataLoader(
         batches, batch_size=None, sampler=range(first, last), num_workers=workers,
-        pin_memory=False, **ahead,
+        pin_memory=torch.cuda.is_available(), **ahead,
     )  # fmt: skip
 
 

@@ -13,7 +13,9 @@ from .delta_torch import CHUNK, naive_delta_rule, torch_delta_rule
 BACKENDS = ("triton", "torch")
 NAMES = ("o", "dq", "dk", "dv", "dg", "dbeta")
 # Largest relative error (2-norm) that passes, with bfloat16 products over 1024 tokens.
-TOLERANCE = 0.03
+TOLERANCE = 0.05
+# Two warps keep Triton off the Hopper-only matrix instructions, should those be compiled wrongly.
+TUNINGS = ((4, 8, 4, 32), (8, 8, 8, 64), (2, 2, 2, 32))
 _backend = "torch"
 
 
@@ -58,8 +60,12 @@ def relative_errors(rule, inputs: list, reference) -> dict[str, float]:
     return {n: ((a.double() - b).norm() / b.norm()).item() for n, a, b in pairs}
 
 
-def choose_backend(device: str, say=print) -> str:
-    """Sets and returns the fastest form that is right on this device; says what it found."""
+def choose_backend(device: str, say=print, tuning: tuple = TUNINGS[0]) -> str:
+    """Sets and returns the fastest form that is right on this device; says what it found.
+
+    Args:
+        tuning: What to try first: the values of delta_triton.TUNING.
+    """
     if not device.startswith("cuda"):
         set_backend("torch")
         return "torch"
@@ -69,15 +75,16 @@ def choose_backend(device: str, say=print) -> str:
     inputs = check_inputs(1, 128, 2, 64, device)
     say("check torch  " + _line(relative_errors(torch_delta_rule, inputs, naive_delta_rule)))
     inputs = check_inputs(2, 1024, 7, 64, device)
-    for warps, walk_warps in ((4, 4), (2, 2)):
-        delta_triton.TUNING.update(warps=warps, walk_warps=walk_warps)
+    for choice in dict.fromkeys([tuning, *TUNINGS]):
+        delta_triton.TUNING.update(zip(delta_triton.TUNING, choice, strict=True))
+        name = f"check triton {','.join(map(str, choice))}:"
         try:
             errors = relative_errors(delta_triton.triton_delta_rule, inputs, torch_delta_rule)
         except Exception as error:  # a compiler that fails is as bad as one that errs
-            say(f"check triton, {warps} warps: {type(error).__name__}: {str(error)[:300]}")
+            say(f"{name} {type(error).__name__}: {str(error)[:300]}")
             continue
         good = all(e < TOLERANCE for e in errors.values())
-        say(f"check triton, {warps} warps: {_line(errors)} {'good' if good else 'WRONG'}")
+        say(f"{name} {_line(errors)} {'good' if good else 'WRONG'}")
         if good:
             set_backend("triton")
             return "triton"

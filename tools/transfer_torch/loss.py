@@ -4,6 +4,8 @@ Value and gradient of a slice are computed together, so that logits never exist 
 slice: 4096 tokens x 49152 words are 0.4 GB in bfloat16, a whole batch would be 3 to 10 GB.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ def _slice_loss(s: Tensor, t: Tensor | None, labels: Tensor, kl: float, ce: Tens
 
     t: teacher logits or None; labels [n], ce [n] the weight of the next-token loss of each token.
     """
-    s = s.float()
+    dtype, s = s.dtype, s.float()
     log_p = s - s.logsumexp(-1, keepdim=True)
     p = log_p.exp()
     ce_loss = -log_p.gather(1, labels[:, None])[:, 0]
@@ -30,7 +32,12 @@ def _slice_loss(s: Tensor, t: Tensor | None, labels: Tensor, kl: float, ce: Tens
         q = log_q.exp()
         kl_loss = (q * (log_q - log_p)).sum(-1)
         grad = grad + kl * (p - q)
-    return kl_loss, ce_loss, grad / count
+    return kl_loss, ce_loss, (grad / count).to(dtype)
+
+
+@cache
+def _form(compiled: bool):
+    return compile_block(_slice_loss, compiled)
 
 
 class SlicedLoss(torch.autograd.Function):
@@ -42,7 +49,7 @@ class SlicedLoss(torch.autograd.Function):
 
         Returns the loss, mean KL and mean next-token loss; only the first has a gradient.
         """
-        piece = compile_block(_slice_loss, compiled)
+        piece = _form(compiled)
         w = embed.to(h.dtype)
         dh, dw = torch.empty_like(h), torch.zeros_like(embed)
         total = torch.zeros(3, device=h.device)
@@ -53,7 +60,6 @@ class SlicedLoss(torch.autograd.Function):
             total += torch.stack(
                 [(kl * kl_loss + ce[at] * ce_loss).sum(), kl_loss.sum(), ce_loss.sum()]
             )
-            grad = grad.to(h.dtype)
             dh[at] = grad @ w
             dw += grad.T @ h[at]
         ctx.save_for_backward(dh, dw)

@@ -33,7 +33,14 @@ from .model import Student, Teacher
 
 STAGES = ("align", "distil", "long")
 SAVE_SECONDS = 12  # writing weights and optimizer, 1.9 GB
+CLOCK_STEPS = 8
 TEACHER_LENGTH = 8192  # what the base was trained for
+
+
+def parse_tuning(text: str) -> tuple[int, ...]:
+    """The values of delta_triton.TUNING out of "4,8,4,32"."""
+    warps, gradient_warps, walk_warps, columns = (int(x) for x in text.split(","))
+    return warps, gradient_warps, walk_warps, columns
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval-every", type=int, default=0, help="steps; 0: at the end only")
     add("--eval-batches", type=int, default=2)
     add("--no-compile", action="store_true")
+    add("--tuning", type=parse_tuning, default=delta.TUNINGS[0], help="as bench prints it")
     add("--delta", choices=("auto", *delta.BACKENDS), default="auto")
     return parser
 
@@ -75,7 +83,7 @@ class Run:
     def __init__(self, args):
         self.args, self.began = args, time.time()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = "cpu"
+        self.device, self.left = "cpu", None
         if torch.cuda.is_available():
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(self.device)
@@ -84,10 +92,11 @@ class Run:
         self.compiled = self.device != "cpu" and not args.no_compile
         self.dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
         torch.set_float32_matmul_precision("high")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers fork
         # One compiled form for each combination of head counts, about a dozen.
         torch._dynamo.config.recompile_limit = 256
         if args.delta == "auto":
-            delta.choose_backend(self.device, self.say)
+            delta.choose_backend(self.device, self.say, args.tuning)
         else:
             delta.set_backend(args.delta)
         self._build()
@@ -156,12 +165,15 @@ class Run:
         if args.decay:
             factor = min(factor, (args.steps - step) / max(1.0, args.decay * args.steps))
         left = args.minutes * 60 - (time.time() - self.began) - SAVE_SECONDS
+        if self.world > 1:
+            # Asking waits for the GPU, so only now and then.
+            if step % CLOCK_STEPS == 0 or self.left is None:
+                clock = torch.tensor([left], device=self.device)
+                dist.broadcast(clock, 0)
+                self.left = clock.item()
+            left = self.left
         if args.decay_minutes:
             factor = min(factor, max(0.0, left) / (args.decay_minutes * 60))
-        if self.world > 1:
-            both = torch.tensor([factor, left], device=self.device)
-            dist.broadcast(both, 0)
-            factor, left = both.tolist()
         return factor, left <= 0
 
     def align_step(self, ids) -> torch.Tensor:
@@ -240,7 +252,7 @@ def train(run: Run) -> None:
         factor, over = run.rate()
         if over:
             break
-        ids, marks = ids.to(run.device), marks.to(run.device)
+        ids, marks = (x.to(run.device, non_blocking=True) for x in (ids, marks))
         parts = run.align_step(ids) if args.stage == "align" else run.distil_step(ids, marks)
         norm = run.update(factor)
         run.step, counted, sums = run.step + 1, counted + 1, sums + torch.cat([parts, norm[None]])
