@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from tools.transfer_torch import checkpoint, data, delta_torch, migrate, model, train  # noqa: E402
+from tools.transfer_torch import checkpoint, data, delta_torch, heads, migrate, model, train  # noqa: E402
 from tools.transfer_torch.loss import distil_loss  # noqa: E402
 
 from .golden import torch_hydrahead  # noqa: E402
@@ -257,3 +257,11 @@ def test_batches_are_their_step_alone(setup, tmp_path):
     assert not np.array_equal(one[6][0], two[5][0])
     ids, marks = one.needles(0, "single")
     assert ids.shape == (3, 513) and (marks.sum(1) > 2).all()
+
+
+def test_heads_by_score_with_a_floor():
+    scores = [[0.9, 0.8, 0.7], [0.1, 0.3, 0.2], [0.5, 0.5, 0.0]]
+    assert heads.choose(scores, 4) == [[0, 1, 2], [], [0]]
+    assert heads.choose(scores, 4, 1) == [[0, 1], [1], [0]]
+    with pytest.raises(ValueError, match="takes 6 heads, more than the 4 kept"):
+        heads.choose(scores, 4, 2)

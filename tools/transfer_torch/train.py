@@ -69,8 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1)
     add("--workers", type=int, default=4)
     add("--log-every", type=int, default=20)
+    add("--save-every", type=int, default=0, help="steps; 0: at the end only")
     add("--eval-every", type=int, default=0, help="steps; 0: at the end only")
-    add("--eval-batches", type=int, default=2)
+    add("--eval-batches", type=int, default=2, help="0: no evaluation")
     add("--no-compile", action="store_true")
     add("--tuning", type=parse_tuning, default=delta.TUNINGS[0], help="as bench prints it")
     add("--delta", choices=("auto", *delta.BACKENDS), default="auto")
@@ -267,11 +268,14 @@ def train(run: Run) -> None:
             entry = dict(zip((*names, "norm"), (round(m, 5) for m in means), strict=True))
             note(entry | {"lr": args.lr * factor, "tok_s": round(speed), "seen": run.step * tokens})
             since, counted, sums = time.time(), 0, 0.0
-        if args.eval_every and run.step % args.eval_every == 0:
+        if args.eval_every and args.eval_batches and run.step % args.eval_every == 0:
             note(run.evaluate())
             since, counted, sums = time.time(), 0, 0.0
+        if args.save_every and run.step % args.save_every == 0:
+            run.save()
     run.save()
-    note(run.evaluate())
+    if args.eval_batches:
+        note(run.evaluate())
 
 
 def main(argv=None) -> int:

@@ -1,0 +1,54 @@
+"""From head scores to the heads that keep full attention.
+
+usage: python -m tools.transfer_torch.heads SCORES.json HEADS.json [--keep 68] [--floor 0]
+           [--strategy scores|fixed|random]
+
+SCORES.json has "scores", layers x heads. --floor reserves the best heads of every layer first
+(1 at 7:1). fixed spreads the same count evenly, random draws it: for comparison.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+
+def choose(scores: list[list[float]], keep: int, floor: int = 0) -> list[list[int]]:
+    """The `keep` best heads, `floor` of each layer at least; ties by layer, then head."""
+    ranked = sorted((-s, i, h) for i, row in enumerate(scores) for h, s in enumerate(row))
+    taken: list[tuple[int, int]] = []
+    for i in range(len(scores)):
+        taken += [(i, h) for _, layer, h in ranked if layer == i][:floor]
+    if len(taken) > keep:
+        raise ValueError(f"a floor of {floor} takes {len(taken)} heads, more than the {keep} kept")
+    taken += [(i, h) for _, i, h in ranked if (i, h) not in taken][: keep - len(taken)]
+    return [sorted(h for layer, h in taken if layer == i) for i in range(len(scores))]
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("scores", type=Path)
+    parser.add_argument("heads", type=Path)
+    parser.add_argument("--keep", type=int, default=68)
+    parser.add_argument("--floor", type=int, default=0)
+    parser.add_argument("--strategy", choices=("scores", "fixed", "random"), default="scores")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    scores = json.loads(args.scores.read_text())["scores"]
+    if args.strategy == "random":
+        draw = random.Random(args.seed)
+        scores = [[draw.random() for _ in row] for row in scores]
+    elif args.strategy == "fixed":
+        # Every (1 / share)-th head in reading order, which walks over all slots.
+        total = sum(map(len, scores))
+        places = {n * total // args.keep for n in range(args.keep)}
+        flat = iter(range(total))
+        scores = [[float(next(flat) in places) for _ in row] for row in scores]
+    heads = choose(scores, args.keep, args.floor)
+    args.heads.write_text(json.dumps({"full_attention_heads": heads}) + "\n")
+    print("heads per layer:", " ".join(str(len(h)) for h in heads))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
