@@ -44,25 +44,28 @@ def _decays(g_ptr, gate, C: tl.constexpr):
 
 @triton.jit
 def _place(pid, H, C: tl.constexpr, D: tl.constexpr):
-    """Offsets of one chunk of one head: tokens [C, D], gates [C], [C, C] and [D, D] tiles."""
+    """Where one chunk of one head lies: first token and gate, first tile [., .] in units of one
+    tile (64 bits), and the offsets from there of tokens [C, D] and gates [C] (32 bits)."""
     chunk, h = (pid // H).to(tl.int64), pid % H
-    i, d = tl.arange(0, C), tl.arange(0, D)
-    rows = (chunk * C + i) * H + h
-    tokens = rows[:, None] * D + d[None, :]
-    square = (chunk * H + h) * C * C + i[:, None] * C + i[None, :]
-    state = (chunk * H + h) * D * D + d[:, None] * D + d[None, :]
-    return tokens, rows, square, state
+    rows = tl.arange(0, C) * H
+    return chunk * C * H + h, chunk * H + h, rows[:, None] * D + tl.arange(0, D)[None, :], rows
+
+
+@triton.jit
+def _tile(N: tl.constexpr, M: tl.constexpr):
+    """Offsets of an [N, M] tile."""
+    return tl.arange(0, N)[:, None] * M + tl.arange(0, M)[None, :]
 
 
 @triton.jit
 def _inside_kernel(k, v, g, beta, R_out, W_out, U_out, H, C: tl.constexpr, D: tl.constexpr,
                    LEVELS: tl.constexpr, DT: tl.constexpr):  # fmt: skip
     """R, W and U of one chunk."""
-    tokens, gate, square, _ = _place(tl.program_id(0), H, C, D)
+    first, tile, tokens, gate = _place(tl.program_id(0), H, C, D)
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    e, _, decay, _ = _decays(g, gate, C)
-    b = tl.load(beta + gate).to(tl.float32)
-    K = tl.load(k + tokens)
+    e, _, decay, _ = _decays(g + first, gate, C)
+    b = tl.load(beta + first + gate).to(tl.float32)
+    K = tl.load(k + first * D + tokens)
     A = tl.where(i > j, b[:, None] * decay * _dot(K, tl.trans(K), DT), 0.0)
     joined = (i // 2 == j // 2) & (i % 2 == 1) & (j % 2 == 0)
     R = tl.where(i == j, 1.0, 0.0) - tl.where(joined, A, 0.0)
@@ -72,10 +75,10 @@ def _inside_kernel(k, v, g, beta, R_out, W_out, U_out, H, C: tl.constexpr, D: tl
         M = tl.where(joined, A, 0.0)
         R -= tl.dot(tl.dot(R, M, input_precision="tf32"), R, input_precision="tf32")
     W = _dot(R, (b * e)[:, None] * K.to(tl.float32), DT)
-    U = _dot(R, b[:, None] * tl.load(v + tokens).to(tl.float32), DT)
-    tl.store(R_out + square, R.to(R_out.dtype.element_ty))
-    tl.store(W_out + tokens, W.to(W_out.dtype.element_ty))
-    tl.store(U_out + tokens, U.to(U_out.dtype.element_ty))
+    U = _dot(R, b[:, None] * tl.load(v + first * D + tokens).to(tl.float32), DT)
+    tl.store(R_out + tile * C * C + _tile(C, C), R.to(R_out.dtype.element_ty))
+    tl.store(W_out + first * D + tokens, W.to(W_out.dtype.element_ty))
+    tl.store(U_out + first * D + tokens, U.to(U_out.dtype.element_ty))
 
 
 @triton.jit
@@ -87,15 +90,16 @@ def _walk_kernel(k, g, W_in, UP, S_out, N, H, C: tl.constexpr, D: tl.constexpr,
     i, d = tl.arange(0, C), tl.arange(0, D)
     S = tl.zeros((D, BV), tl.float32)
     for n in range(0, N):
-        tokens, gate, _, _ = _place((b * N + n) * H + h, H, C, D)
+        first, tile, tokens, gate = _place((b * N + n) * H + h, H, C, D)
         part = gate[:, None] * D + cols[None, :]
-        at = ((b * N + n).to(tl.int64) * H + h) * D * D + d[:, None] * D + cols[None, :]
-        tl.store(S_out + at, S.to(S_out.dtype.element_ty))
-        G = tl.cumsum(tl.load(g + gate).to(tl.float32), 0)
+        at = d[:, None] * D + cols[None, :]
+        tl.store(S_out + tile * D * D + at, S.to(S_out.dtype.element_ty))
+        G = tl.cumsum(tl.load(g + first + gate).to(tl.float32), 0)
         last = tl.sum(tl.where(i == C - 1, G, 0.0), 0)
-        P = tl.load(UP + part).to(tl.float32) - _dot(tl.load(W_in + tokens), S, DT)
-        tl.store(UP + part, P.to(UP.dtype.element_ty))
-        fK = tl.exp(last - G)[:, None] * tl.load(k + tokens).to(tl.float32)
+        P = tl.load(UP + first * D + part).to(tl.float32)
+        P -= _dot(tl.load(W_in + first * D + tokens), S, DT)
+        tl.store(UP + first * D + part, P.to(UP.dtype.element_ty))
+        fK = tl.exp(last - G)[:, None] * tl.load(k + first * D + tokens).to(tl.float32)
         S = tl.exp(last) * S + _dot(tl.trans(fK), P, DT)
 
 
@@ -103,23 +107,24 @@ def _walk_kernel(k, g, W_in, UP, S_out, N, H, C: tl.constexpr, D: tl.constexpr,
 def _output_kernel(q, k, g, P_in, S_in, o, H, C: tl.constexpr, D: tl.constexpr,
                    DT: tl.constexpr):  # fmt: skip
     """O = e (Q S) + M P of one chunk."""
-    tokens, gate, _, state = _place(tl.program_id(0), H, C, D)
-    e, _, decay, _ = _decays(g, gate, C)
-    Q = tl.load(q + tokens)
-    M = decay * _dot(Q, tl.trans(tl.load(k + tokens)), DT)
-    out = e[:, None] * _dot(Q, tl.load(S_in + state), DT) + _dot(M, tl.load(P_in + tokens), DT)
-    tl.store(o + tokens, out.to(o.dtype.element_ty))
+    first, tile, tokens, gate = _place(tl.program_id(0), H, C, D)
+    e, _, decay, _ = _decays(g + first, gate, C)
+    Q = tl.load(q + first * D + tokens)
+    M = decay * _dot(Q, tl.trans(tl.load(k + first * D + tokens)), DT)
+    out = e[:, None] * _dot(Q, tl.load(S_in + tile * D * D + _tile(D, D)), DT)
+    out += _dot(M, tl.load(P_in + first * D + tokens), DT)
+    tl.store(o + first * D + tokens, out.to(o.dtype.element_ty))
 
 
 @triton.jit
 def _inside_back_kernel(q, k, g, do, dP_out, H, C: tl.constexpr, D: tl.constexpr,
                         DT: tl.constexpr):  # fmt: skip
     """dP0 = M^T dO of one chunk."""
-    tokens, gate, _, _ = _place(tl.program_id(0), H, C, D)
-    _, _, decay, _ = _decays(g, gate, C)
-    M = decay * _dot(tl.load(q + tokens), tl.trans(tl.load(k + tokens)), DT)
-    dP = _dot(tl.trans(M), tl.load(do + tokens), DT)
-    tl.store(dP_out + tokens, dP.to(dP_out.dtype.element_ty))
+    first, tile, tokens, gate = _place(tl.program_id(0), H, C, D)
+    _, _, decay, _ = _decays(g + first, gate, C)
+    M = decay * _dot(tl.load(q + first * D + tokens), tl.trans(tl.load(k + first * D + tokens)), DT)
+    dP = _dot(tl.trans(M), tl.load(do + first * D + tokens), DT)
+    tl.store(dP_out + first * D + tokens, dP.to(dP_out.dtype.element_ty))
 
 
 @triton.jit
@@ -132,48 +137,50 @@ def _walk_back_kernel(q, k, g, do, W_in, dP, dS_out, N, H, C: tl.constexpr, D: t
     dS = tl.zeros((D, BV), tl.float32)
     for m in range(0, N):
         n = N - 1 - m
-        tokens, gate, _, _ = _place((b * N + n) * H + h, H, C, D)
+        first, tile, tokens, gate = _place((b * N + n) * H + h, H, C, D)
         part = gate[:, None] * D + cols[None, :]
-        at = ((b * N + n).to(tl.int64) * H + h) * D * D + d[:, None] * D + cols[None, :]
-        tl.store(dS_out + at, dS.to(dS_out.dtype.element_ty))
-        G = tl.cumsum(tl.load(g + gate).to(tl.float32), 0)
+        at = d[:, None] * D + cols[None, :]
+        tl.store(dS_out + tile * D * D + at, dS.to(dS_out.dtype.element_ty))
+        G = tl.cumsum(tl.load(g + first + gate).to(tl.float32), 0)
         last = tl.sum(tl.where(i == C - 1, G, 0.0), 0)
-        KdS = tl.exp(last - G)[:, None] * _dot(tl.load(k + tokens), dS, DT)
-        dP_new = tl.load(dP + part).to(tl.float32) + KdS
-        tl.store(dP + part, dP_new.to(dP.dtype.element_ty))
-        eQ = tl.exp(G)[:, None] * tl.load(q + tokens).to(tl.float32)
-        dS = tl.exp(last) * dS + _dot(tl.trans(eQ), tl.load(do + part), DT)
-        dS -= _dot(tl.trans(tl.load(W_in + tokens)), dP_new, DT)
+        KdS = tl.exp(last - G)[:, None] * _dot(tl.load(k + first * D + tokens), dS, DT)
+        dP_new = tl.load(dP + first * D + part).to(tl.float32) + KdS
+        tl.store(dP + first * D + part, dP_new.to(dP.dtype.element_ty))
+        eQ = tl.exp(G)[:, None] * tl.load(q + first * D + tokens).to(tl.float32)
+        dS = tl.exp(last) * dS + _dot(tl.trans(eQ), tl.load(do + first * D + part), DT)
+        dS -= _dot(tl.trans(tl.load(W_in + first * D + tokens)), dP_new, DT)
 
 
 @triton.jit
 def _gradient_kernel(q, k, g, beta, do, S_in, R_in, P_in, dP, dS_in, dq, dk, dv, dg, dbeta,
                      H, C: tl.constexpr, D: tl.constexpr, DT: tl.constexpr):  # fmt: skip
     """dQ, dK, dV, dg and dbeta of one chunk."""
-    tokens, gate, square, state = _place(tl.program_id(0), H, C, D)
+    first, tile, tokens, gate = _place(tl.program_id(0), H, C, D)
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    e, f, decay, last = _decays(g, gate, C)
-    b = tl.load(beta + gate).to(tl.float32)
-    K, P = tl.load(k + tokens), tl.load(P_in + tokens)
-    dX = _dot(tl.trans(tl.load(R_in + square)), tl.load(dP + tokens), DT)
-    tl.store(dbeta + gate, tl.sum(dX * P.to(tl.float32), 1) / tl.maximum(b, 1e-20))
+    e, f, decay, last = _decays(g + first, gate, C)
+    b = tl.load(beta + first + gate).to(tl.float32)
+    K, P = tl.load(k + first * D + tokens), tl.load(P_in + first * D + tokens)
+    dX = _dot(
+        tl.trans(tl.load(R_in + tile * C * C + _tile(C, C))), tl.load(dP + first * D + tokens), DT
+    )
+    tl.store(dbeta + first + gate, tl.sum(dX * P.to(tl.float32), 1) / tl.maximum(b, 1e-20))
     dV = b[:, None] * dX
-    tl.store(dv + tokens, dV.to(dv.dtype.element_ty))
+    tl.store(dv + first * D + tokens, dV.to(dv.dtype.element_ty))
     N = tl.where(i > j, -b[:, None] * decay * _dot(dX, tl.trans(P), DT), 0.0)
-    S, dS = tl.load(S_in + state), tl.load(dS_in + state)
+    S, dS = tl.load(S_in + tile * D * D + _tile(D, D)), tl.load(dS_in + tile * D * D + _tile(D, D))
     row = _dot(N, K, DT) - e[:, None] * _dot(dV, tl.trans(S), DT)
     PdS = f[:, None] * _dot(P, tl.trans(dS), DT)
-    Q, dO = tl.load(q + tokens), tl.load(do + tokens)
+    Q, dO = tl.load(q + first * D + tokens), tl.load(do + first * D + tokens)
     dMD = decay * _dot(dO, tl.trans(P), DT)
     column = PdS + _dot(tl.trans(dMD), Q, DT) + _dot(tl.trans(N), K, DT)
-    tl.store(dk + tokens, (row + column).to(dk.dtype.element_ty))
+    tl.store(dk + first * D + tokens, (row + column).to(dk.dtype.element_ty))
     dQ = e[:, None] * _dot(dO, tl.trans(S), DT) + _dot(dMD, K, DT)
-    tl.store(dq + tokens, dQ.to(dq.dtype.element_ty))
+    tl.store(dq + first * D + tokens, dQ.to(dq.dtype.element_ty))
     K = K.to(tl.float32)
     dG = tl.sum(Q.to(tl.float32) * dQ + K * (row - column), 1)
     kept = tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
     dlast = last * kept + tl.sum(tl.sum(K * PdS, 1), 0)
-    tl.store(dg + gate, dlast + tl.cumsum(dG, 0, reverse=True))
+    tl.store(dg + first + gate, dlast + tl.cumsum(dG, 0, reverse=True))
 
 
 def _sizes(q, chunk):
