@@ -3,8 +3,9 @@
 usage: python -m tools.transfer_torch.heads SCORES.json HEADS.json [--keep 68] [--floor 0]
            [--strategy scores|fixed|random]
 
-SCORES.json has "scores", layers x heads. --floor reserves the best heads of every layer first
-(1 at 7:1). fixed spreads the same count evenly, random draws it: for comparison.
+SCORES.json is what `hydra-mlx score` writes: "score" and "raw_effect", layers x heads, the second
+for ties. --floor reserves the best heads of every layer first (1 at 7:1). fixed spreads the same
+count evenly, random draws it: for comparison.
 """
 
 import argparse
@@ -13,15 +14,17 @@ import random
 from pathlib import Path
 
 
-def choose(scores: list[list[float]], keep: int, floor: int = 0) -> list[list[int]]:
+def choose(scores: list[list], keep: int, floor: int = 0) -> list[list[int]]:
     """The `keep` best heads, `floor` of each layer at least; ties by layer, then head."""
-    ranked = sorted((-s, i, h) for i, row in enumerate(scores) for h, s in enumerate(row))
+    places = [(i, h) for i, row in enumerate(scores) for h in range(len(row))]
+    # A stable sort, so equal scores stay in order of layer and head.
+    ranked = sorted(places, key=lambda p: scores[p[0]][p[1]], reverse=True)
     taken: list[tuple[int, int]] = []
     for i in range(len(scores)):
-        taken += [(i, h) for _, layer, h in ranked if layer == i][:floor]
+        taken += [p for p in ranked if p[0] == i][:floor]
     if len(taken) > keep:
         raise ValueError(f"a floor of {floor} takes {len(taken)} heads, more than the {keep} kept")
-    taken += [(i, h) for _, i, h in ranked if (i, h) not in taken][: keep - len(taken)]
+    taken += [p for p in ranked if p not in taken][: keep - len(taken)]
     return [sorted(h for layer, h in taken if layer == i) for i in range(len(scores))]
 
 
@@ -34,7 +37,9 @@ def main(argv=None) -> int:
     parser.add_argument("--strategy", choices=("scores", "fixed", "random"), default="scores")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    scores = json.loads(args.scores.read_text())["scores"]
+    found = json.loads(args.scores.read_text())
+    raw = found.get("raw_effect", found["score"])
+    scores = [list(zip(s, r, strict=True)) for s, r in zip(found["score"], raw, strict=True)]
     if args.strategy == "random":
         draw = random.Random(args.seed)
         scores = [[draw.random() for _ in row] for row in scores]
