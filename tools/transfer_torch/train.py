@@ -18,6 +18,7 @@ constant after its warm-up and falls to zero over the last --decay share of --st
 import argparse
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -109,6 +110,7 @@ class Run:
 
     def _build(self) -> None:
         args, last = self.args, self.args.out / "last"
+        last = last if last.exists() else self.args.out / "old"
         base_config, base = checkpoint.load_base(args.base)
         to = {n: t.to(self.device) for n, t in base.items()}
         self.teacher = Teacher(base_config, to, self.dtype, self.compiled)
@@ -143,21 +145,18 @@ class Run:
         self.say(f"{args.stage}: {count / 1e6:.1f} M parameters trained, from step {self.step}")
 
     def save(self) -> None:
-        """Writes OUT/last so that a kill leaves the old one or the new one."""
+        """Writes OUT/last; a kill meanwhile leaves the old one there or in OUT/old."""
         if self.rank:
             return
-        new, last = self.args.out / "new", self.args.out / "last"
+        new, last, old = (self.args.out / n for n in ("new", "last", "old"))
         checkpoint.save_model(new, self.student.config, self.student.tensors)
         state = {"optimizer": self.optimizer.state_dict(), "step": self.step}
         torch.save(state, new / "training.pt")
-        old = self.args.out / "old"
+        shutil.rmtree(old, ignore_errors=True)
         if last.exists():
             last.rename(old)
         new.rename(last)
-        if old.exists():
-            for file in old.iterdir():
-                file.unlink()
-            old.rmdir()
+        shutil.rmtree(old, ignore_errors=True)
 
     def rate(self) -> tuple[float, bool]:
         """The learning-rate factor of this step, and whether time is up; by the first's clock."""
