@@ -1,0 +1,295 @@
+"""The three stages of the transfer on one or more GPUs (or, for tests, a CPU).
+
+usage: python -m tools.transfer_torch.train align|distil|long --base BASE.gguf
+           --heads HEADS.json --data DIR --out DIR [...]
+       torchrun --nproc-per-node 2 -m tools.transfer_torch.train ...
+
+align   every layer's attention learns the teacher's attention output on the teacher's inputs
+distil  all weights learn the teacher's next-token distribution
+long    the same at greater length, with the next-token loss on top or alone
+
+A run starts from --model (a folder in the HydraHead layout), else from a fresh migration; with
+--resume from OUT/last, exactly where it stopped. It ends after --steps or --minutes, whichever is
+first, and leaves OUT/last (float32 weights, optimizer) and OUT/log.jsonl. The learning rate is
+constant after its warm-up and falls to zero over the last --decay share of --steps, or the last
+--decay-minutes: run without either to go on later.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from . import checkpoint, delta
+from .data import Batches, loader, parse_mix
+from .evaluate import evaluate
+from .loss import distil_loss
+from .migrate import calibrate, migrate, student_config
+from .model import Student, Teacher
+
+STAGES = ("align", "distil", "long")
+SAVE_SECONDS = 12  # writing weights and optimizer, 1.9 GB
+CLOCK_STEPS = 8
+TEACHER_LENGTH = 8192  # what the base was trained for
+
+
+def parse_tuning(text: str) -> tuple[int, ...]:
+    """The values of delta_triton.TUNING out of "4,8,4,32"."""
+    warps, gradient_warps, walk_warps, columns = (int(x) for x in text.split(","))
+    return warps, gradient_warps, walk_warps, columns
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("stage", choices=STAGES)
+    add("--base", type=Path, required=True, help="GGUF file or Hugging Face folder of the teacher")
+    add("--heads", type=Path, required=True, help='JSON with "full_attention_heads"')
+    add("--data", type=Path, required=True)
+    add("--out", type=Path, required=True)
+    add("--model", type=Path, help="start from this HydraHead folder")
+    add("--resume", action="store_true", help="go on from OUT/last")
+    add("--steps", type=int, default=1 << 40)
+    add("--minutes", type=float, default=1e9, help="of wall clock, all included")
+    add("--rows", type=int, default=32, help="sequences a step on each GPU")
+    add("--length", type=int, default=1024, help="tokens a sequence, a multiple of 64")
+    add("--lr", type=float, default=4e-4)
+    add("--warmup", type=int, default=50, help="steps")
+    add("--decay", type=float, default=0.0, help="last share of --steps")
+    add("--decay-minutes", type=float, default=0.0, help="last minutes of --minutes")
+    add("--mix", type=parse_mix, default=parse_mix("teacher=0.7,long=0.15,retrieval=0.15"))
+    add("--kl", type=float, default=1.0, help="weight of KL to the teacher")
+    add("--ce", type=float, default=0.0, help="weight of the next-token loss")
+    add("--answer", type=float, default=0.0, help="next-token weight of retrieval answers, added")
+    add("--scaled", action="store_true", help="train with the log-length scale on")
+    add("--seed", type=int, default=1)
+    add("--workers", type=int, default=4)
+    add("--log-every", type=int, default=20)
+    add("--save-every", type=int, default=0, help="steps; 0: at the end only")
+    add("--eval-every", type=int, default=0, help="steps; 0: at the end only")
+    add("--eval-batches", type=int, default=2, help="0: no evaluation")
+    add("--no-compile", action="store_true")
+    add("--tuning", type=parse_tuning, default=delta.TUNINGS[0], help="as bench prints it")
+    add("--delta", choices=("auto", *delta.BACKENDS), default="auto")
+    return parser
+
+
+class Run:
+    """Teacher, student, optimizer and this process's place among the others."""
+
+    def __init__(self, args):
+        self.args, self.began = args, time.time()
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device, self.left = "cpu", None
+        if torch.cuda.is_available():
+            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device != "cpu" else "gloo")
+        self.compiled = self.device != "cpu" and not args.no_compile
+        self.dtype = torch.bfloat16 if self.device != "cpu" else torch.float32
+        torch.set_float32_matmul_precision("high")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers fork
+        # One compiled form for each combination of head counts, about a dozen.
+        torch._dynamo.config.recompile_limit = 256
+        if args.delta == "auto":
+            delta.choose_backend(self.device, self.say, args.tuning)
+        else:
+            delta.set_backend(args.delta)
+        self._build()
+
+    def say(self, *words) -> None:
+        """Prints on the first process only."""
+        if self.rank == 0:
+            print(f"[{time.time() - self.began:6.1f}s]", *words, flush=True)
+
+    def _build(self) -> None:
+        args, last = self.args, self.args.out / "last"
+        last = last if last.exists() else self.args.out / "old"
+        base_config, base = checkpoint.load_base(args.base)
+        to = {n: t.to(self.device) for n, t in base.items()}
+        self.teacher = Teacher(base_config, to, self.dtype, self.compiled)
+        heads = json.loads(args.heads.read_text())["full_attention_heads"]
+        config, self.step, state = student_config(base_config, heads), 0, None
+        if args.resume:
+            config, tensors = checkpoint.load_model(last)
+            state = torch.load(last / "training.pt", map_location=self.device, weights_only=True)
+            self.step = state["step"]
+        elif args.model:
+            config, tensors = checkpoint.load_model(args.model)
+        else:
+            rows = Batches(args.data, {"teacher": 1.0}, 16, min(args.length, 512), args.seed)
+            plain = Teacher(base_config, to, self.dtype, False)
+            ids = torch.from_numpy(rows[0][0][:, :-1]).to(self.device)
+            tensors = migrate(base, config, calibrate(plain, ids), args.seed)
+        if config["full_attention_heads"] != [sorted(set(h)) for h in heads]:
+            raise ValueError(f"{args.heads} is another head map than the model's")
+        tensors = {n: t.to(self.device) for n, t in tensors.items()}
+        self.student = Student(config, tensors, self.dtype, self.compiled)
+        self.student.scaled = args.scaled
+        self.trained = self.student.parameters(".self_attn." if args.stage == "align" else "")
+        for t in self.trained:
+            t.requires_grad_()
+        fused = self.device != "cpu"
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
+        )
+        if state:
+            self.optimizer.load_state_dict(state["optimizer"])
+        count = sum(t.numel() for t in self.trained)
+        self.say(f"{args.stage}: {count / 1e6:.1f} M parameters trained, from step {self.step}")
+
+    def save(self) -> None:
+        """Writes OUT/last; a kill meanwhile leaves the old one there or in OUT/old."""
+        if self.rank:
+            return
+        new, last, old = (self.args.out / n for n in ("new", "last", "old"))
+        checkpoint.save_model(new, self.student.config, self.student.tensors)
+        state = {"optimizer": self.optimizer.state_dict(), "step": self.step}
+        torch.save(state, new / "training.pt")
+        shutil.rmtree(old, ignore_errors=True)
+        if last.exists():
+            last.rename(old)
+        new.rename(last)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def rate(self) -> tuple[float, bool]:
+        """The learning-rate factor of this step, and whether time is up; by the first's clock."""
+        args, step = self.args, self.step
+        factor = min(1.0, (step + 1) / max(1, args.warmup))
+        if args.decay:
+            factor = min(factor, (args.steps - step) / max(1.0, args.decay * args.steps))
+        left = args.minutes * 60 - (time.time() - self.began) - SAVE_SECONDS
+        if self.world > 1:
+            # Asking waits for the GPU, so only now and then.
+            if step % CLOCK_STEPS == 0 or self.left is None:
+                clock = torch.tensor([left], device=self.device)
+                dist.broadcast(clock, 0)
+                self.left = clock.item()
+            left = self.left
+        if args.decay_minutes:
+            factor = min(factor, max(0.0, left) / (args.decay_minutes * 60))
+        return factor, left <= 0
+
+    def align_step(self, ids) -> torch.Tensor:
+        """Relative squared error, mean over layers; leaves gradients. Returns [1]."""
+        n, total = self.student.layers, 0.0
+        with torch.no_grad():
+            x = self.teacher.start(ids[:, :-1])
+        for i in range(n):
+            with torch.no_grad():
+                wanted = self.teacher.attention(i, x).float()
+                scale = wanted.square().mean()
+            got = self.student.attention(i, x).float()
+            loss = (got - wanted).square().mean() / scale / n
+            loss.backward()
+            total = total + loss.detach()
+            with torch.no_grad():
+                x = self.teacher.mlp(i, x + wanted)
+        return total[None]
+
+    def distil_step(self, ids, marks) -> torch.Tensor:
+        """KL and next-token loss; leaves gradients. Returns [loss, KL, next-token loss]."""
+        args, th = self.args, None
+        if args.kl and ids.shape[1] - 1 <= TEACHER_LENGTH:
+            with torch.no_grad():
+                th = self.teacher.hidden(ids[:, :-1])
+        h = self.student.hidden(ids[:, :-1])
+        # Without a teacher the next-token loss is all there is.
+        ce = args.ce + args.answer * marks.float() if th is not None else 0.0 * marks + 1.0
+        parts = distil_loss(
+            h, self.student.embed, th, self.teacher.embed, ids[:, 1:], args.kl, ce, self.compiled
+        )
+        parts[0].backward()
+        return torch.stack([p.detach() for p in parts])
+
+    def update(self, factor: float) -> torch.Tensor:
+        """Averages gradients over processes, clips, steps. Returns the norm before clipping."""
+        grads = [t.grad for t in self.trained]
+        if self.world > 1:
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat)
+            flat /= self.world
+            parts = flat.split([g.numel() for g in grads])
+            torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.lr * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def evaluate(self) -> dict:
+        """Held-out figures; every process computes them, which costs no more than waiting."""
+        args = self.args
+        return evaluate(
+            self.student, self.teacher, args.data, args.rows, args.length, args.eval_batches,
+            self.device,
+        )  # fmt: skip
+
+
+def train(run: Run) -> None:
+    """The loop of one stage."""
+    args, names = run.args, ("loss",) if run.args.stage == "align" else ("loss", "kl", "ce")
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = (args.out / "log.jsonl").open("a") if run.rank == 0 else None
+
+    def note(entry: dict) -> None:
+        run.say(json.dumps(entry))
+        if log:
+            log.write(json.dumps({"stage": args.stage, "step": run.step} | entry) + "\n")
+            log.flush()
+
+    batches = Batches(args.data, args.mix, args.rows, args.length, args.seed, run.rank)
+    tokens, sums, since, first = args.rows * args.length * run.world, 0.0, time.time(), run.step
+    counted = 0
+    for ids, marks in loader(batches, run.step, args.steps, args.workers):
+        factor, over = run.rate()
+        if over:
+            break
+        ids, marks = (x.to(run.device, non_blocking=True) for x in (ids, marks))
+        parts = run.align_step(ids) if args.stage == "align" else run.distil_step(ids, marks)
+        norm = run.update(factor)
+        run.step, counted, sums = run.step + 1, counted + 1, sums + torch.cat([parts, norm[None]])
+        if run.step == first + 1:
+            run.say(f"first step done, loss {parts[0].item():.4f}")
+            since, counted, sums = time.time(), 0, 0.0  # compilation is not speed
+        elif run.step % args.log_every == 0:
+            means = (sums / counted).tolist()
+            if not all(map(lambda m: m == m and abs(m) < 1e30, means)):
+                raise FloatingPointError(f"step {run.step}: {means}; OUT/last is as it was")
+            speed = counted * tokens / (time.time() - since)
+            entry = dict(zip((*names, "norm"), (round(m, 5) for m in means), strict=True))
+            note(entry | {"lr": args.lr * factor, "tok_s": round(speed), "seen": run.step * tokens})
+            since, counted, sums = time.time(), 0, 0.0
+        if args.eval_every and args.eval_batches and run.step % args.eval_every == 0:
+            note(run.evaluate())
+            since, counted, sums = time.time(), 0, 0.0
+        if args.save_every and run.step % args.save_every == 0:
+            run.save()
+    run.save()
+    if args.eval_batches:
+        note(run.evaluate())
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.length % delta.CHUNK:
+        raise SystemExit(f"--length {args.length} is no multiple of {delta.CHUNK}")
+    run = Run(args)
+    train(run)
+    if run.device != "cpu":
+        run.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    if run.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
