@@ -12,6 +12,8 @@ PROG = cli.PROG
 COMMANDS = {  # name: (module, what it does)
     "generate": ("generate", "Answer one prompt; the reply goes to stdout."),
     "convert": ("convert", "Turn a checkpoint into a folder that loads fast."),
+    "score": ("score", "How much each head of a base model matters for retrieval."),
+    "needle": ("needle", "Find facts hidden in long texts: accuracy by length and depth."),
     "cost": ("cost", "Predicted speed on Apple chips, by context length."),
 }
 

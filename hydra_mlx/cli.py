@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 
@@ -157,6 +158,36 @@ def progress(label: str, enabled: bool = True, unit: str = "") -> Iterator[Calla
         yield bar
     finally:
         live.stop()
+
+
+class Meter:
+    """Progress with the time left: a bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, label: str, quiet: bool, every_s: float = 30.0):
+        self.quiet, self.every_s = quiet, every_s
+        self._stack = progress(label, not quiet, "steps")
+        self._start = self._shown = time.perf_counter()
+        self._first: int | None = None
+
+    def __enter__(self) -> "Meter":
+        self._bar = self._stack.__enter__()
+        return self
+
+    def __exit__(self, *exc):
+        self._stack.__exit__(*exc)
+
+    def __call__(self, label: str, done: int, total: int):
+        """Tell how far the work is."""
+        self._bar(label, done, total)
+        now = time.perf_counter()
+        if self._first is None:  # what a resumed run finds done says nothing about speed
+            self._first, self._start = done, now
+        if self.quiet or sys.stderr.isatty() or now - self._shown < self.every_s:
+            return
+        self._shown = now
+        speed = (done - self._first) / (now - self._start) if now > self._start else 0
+        left = f", about {(total - done) / speed / 60:.0f} min left" if speed else ""
+        say(f"{label}: {done} of {total} steps{left}")
 
 
 def is_out_of_memory(error: Exception) -> bool:

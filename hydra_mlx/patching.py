@@ -5,11 +5,11 @@ attention layers stay what they are in the clean one, MLPs are computed anew. Wi
 no position influences another, so only those positions matter whose logits are read: after two full
 forwards a head costs A rows through the remaining MLPs, and all heads go through together.
 
-Sender: head s is patched in the same way, but only the current receivers may carry the change: they
-alone compute attention anew. Their outputs at the read positions are then put into the clean run, so
-that the sender's own direct path does not count. Here positions do matter, through the receivers'
-keys and values; `positions` are those that are followed, and all others count as unchanged, which is
-exact when they are all positions from the first difference of the two texts on.
+Sender: head s is patched in the same way, but only the current receivers may carry the change:
+they alone compute attention anew. Their outputs at the read positions are then put into the clean
+run, so that the sender's own direct path does not count. Here positions do matter, through the
+receivers' keys and values; those in `positions` are followed, all others count as unchanged. That
+is exact when they are all positions from the first difference of the two texts on.
 """
 
 from dataclasses import dataclass, field
@@ -74,10 +74,21 @@ def trace(trunk: Trunk, pair: Pair, positions: list, kv_layers: tuple = ()) -> T
         positions: To keep; ascending, with all of pair.reads among them.
         kv_layers: Layers whose clean keys and values are kept.
     """
-    out, keep = Trace(list(positions)), mx.array(list(positions))
-    h = trunk.embed(mx.array([pair.clean, pair.corrupt]))
+    out = Trace(list(positions))
+    # Up to here the two texts are one.
+    shared = min(pair.first_change, positions[0])
+    keep = mx.array(list(positions)) - shared
+    before = trunk.embed(mx.array([pair.clean[:shared]])) if shared else None
+    h = trunk.embed(mx.array([pair.clean[shared:], pair.corrupt[shared:]]))
     for layer in range(trunk.L):
-        q, k, v = trunk.qkv(layer, h)
+        q, k, v = trunk.qkv(layer, h, shared)
+        if before is not None:
+            q0, k0, v0 = trunk.qkv(layer, before)
+            k, v = (
+                mx.concatenate([mx.repeat(x, 2, axis=0), y], axis=2) for x, y in ((k0, k), (v0, v))
+            )
+            y0 = trunk.output(layer, trunk.attend(q0, k0, v0))
+            before = trunk.mlp(layer, before + y0)
         heads = trunk.attend(q, k, v)
         y = trunk.output(layer, heads)
         out.hidden.append(h[0][keep])
@@ -87,8 +98,9 @@ def trace(trunk: Trunk, pair: Pair, positions: list, kv_layers: tuple = ()) -> T
         if layer in kv_layers:
             out.kv[layer] = (k[0], v[0])
         h = trunk.mlp(layer, h + y)
-        mx.eval(h, out.hidden[-1], out.attn[-1], out.clean[-1], out.corrupt[-1], out.kv)
-    m = readout(trunk, h[:, mx.array(pair.reads)], pair)
+        mx.eval(h, before, out.hidden[-1], out.attn[-1], out.clean[-1], out.corrupt[-1], out.kv)
+    reads = mx.array(pair.reads) - shared
+    m = readout(trunk, h[:, reads], pair)
     out.m_clean, out.m_corrupt = m.tolist()
     mx.clear_cache()
     return out

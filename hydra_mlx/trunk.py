@@ -16,6 +16,7 @@ from .errors import ConfigError
 from .manifest import file_digest
 from .model import Model
 
+BLOCK = 256  # queries that attend at a time, so that scores take T * BLOCK numbers and not T * T
 PLAIN = ("q_proj", "k_proj", "v_proj", "o_proj", "rope")
 
 
@@ -60,11 +61,11 @@ class Trunk:
         """[B, T] -> [B, T, E]."""
         return self.model.model.embed_tokens(ids)
 
-    def qkv(self, layer: int, h: mx.array, positions: mx.array | None = None) -> tuple:
+    def qkv(self, layer: int, h: mx.array, positions: mx.array | int = 0) -> tuple:
         """Queries, keys and values of the residual stream at the input of a layer, rotated.
 
         Args:
-            h: [R, n, E]. positions: [n] int32; None is 0 to n-1.
+            h: [R, n, E]. positions: Of the first row, the others following; or [n] int32.
 
         Returns:
             [R, H, n, D], [R, Hk, n, D], [R, Hk, n, D].
@@ -89,17 +90,37 @@ class Trunk:
         q, k, v = (y.swapaxes(1, 2) for y in (q, k, v))
         return self._rotate(attn, q, positions), self._rotate(attn, k, positions), v
 
-    def _rotate(self, attn: Any, x: mx.array, positions: mx.array | None) -> mx.array:
-        if positions is None:
-            return attn.rope(x)
+    def _rotate(self, attn: Any, x: mx.array, positions: mx.array | int) -> mx.array:
+        if isinstance(positions, int):
+            return attn.rope(x, offset=positions)
         # Positions with gaps: each becomes a batch entry with an offset of its own.
         R, N, n, D = x.shape
         y = attn.rope(x.transpose(2, 0, 1, 3).reshape(n, R * N, 1, D), offset=positions)
         return y.reshape(n, R, N, D).transpose(1, 2, 0, 3)
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        """Causal attention over whole sequences: the heads at the input of o_proj, [R, T, H, D]."""
-        o = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.D**-0.5, mask="causal")
+        """Causal attention; the queries are the last ones of the keys' positions.
+
+        Args:
+            q: [R, H, n, D]. k, v: [R, Hk, T, D], T >= n.
+
+        Returns:
+            The heads at the input of o_proj, [R, n, H, D].
+        """
+        n, before, out = q.shape[2], k.shape[2] - q.shape[2], []
+        for start in range(0, n, BLOCK):  # keys after a block are never looked at
+            end = min(start + BLOCK, n)
+            seen = before + end
+            out.append(
+                mx.fast.scaled_dot_product_attention(
+                    q[:, :, start:end],
+                    k[:, :, :seen],
+                    v[:, :, :seen],
+                    scale=self.D**-0.5,
+                    mask="causal",
+                )
+            )
+        o = out[0] if len(out) == 1 else mx.concatenate(out, axis=2)
         return o.swapaxes(1, 2)
 
     def output(self, layer: int, heads: mx.array) -> mx.array:
@@ -156,13 +177,16 @@ def _require_identity(args: Any):
     for key, value in IDENTITY.items():
         if getattr(args, key) != value:
             raise ConfigError(
-                f"This HydraHead model has {key} {getattr(args, key)!r}; a base model has {value!r}.",
+                f"This HydraHead model has {key} {getattr(args, key)!r}, a base has {value!r}.",
                 "Give the Llama or Qwen3 model that it was made from.",
             )
 
 
-def open_base(path: Path, dtype: str = "float32") -> tuple:
+def open_base(path: Path, dtype: str | None = None) -> tuple:
     """Load what is to be scored: a model folder or a Llama-family GGUF.
+
+    Args:
+        dtype: As of load_model; None is float32, in which small effects are not rounded away.
 
     Returns:
         (model, tokenizer).
@@ -173,6 +197,8 @@ def open_base(path: Path, dtype: str = "float32") -> tuple:
     from . import loading
 
     if not path.is_file():
+        # On a CPU "auto" is float32 too, and takes quantised weights apart, which is faster.
+        dtype = dtype or ("auto" if loading.on_cpu() else "float32")
         return loading.load_model(path, dtype), loading.load_tokenizer(path)
     import tempfile
 
@@ -182,7 +208,7 @@ def open_base(path: Path, dtype: str = "float32") -> tuple:
 
     source = open_source(path, "identity")
     model = source_model(Job(source, "spec", None, None, None, 2 * 10**9))
-    if dtype not in ("auto", "float32"):
+    if dtype not in (None, "auto", "float32"):
         model.set_dtype(loading.DTYPES[dtype])
     mx.eval(model.parameters())
     with tempfile.TemporaryDirectory() as folder:

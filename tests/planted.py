@@ -11,12 +11,11 @@ All other heads write nothing. The residual stream has blocks of one entry for e
 """
 
 import hydra_mlx  # noqa: F401  (before mlx: it chooses the BLAS library)
+from hydra_mlx.probes import Pair
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models import llama
-
-from hydra_mlx.probes import Pair
 
 V, H, D, L = 32, 4, 64, 4
 NOW, VALUE, KEY, OUT, ONE = 0, 32, 64, 96, 128  # blocks: own token, moved ones, output, a constant
@@ -92,10 +91,10 @@ def planted_pair(rng: np.random.RandomState, length: int = 40, facts: int = 1) -
     ids = rng.permutation(V - 1)
     names, values, minus, filler = ids[:facts], ids[4 : 4 + facts], ids[8], ids[9:]
     text = rng.choice(filler, length)
-    for i, at in enumerate(rng.permutation(np.arange(2, length - 4, 5))[:facts]):
+    places = rng.permutation(np.arange(2, length - 4, 5))[:facts]
+    for i, at in enumerate(places):
         text[at : at + 3] = names[i], values[i], V - 1
-        where = at + 1 if i == 0 else where
     clean = [*text.tolist(), int(names[0]), int(values[0])]
     corrupt = list(clean)
-    corrupt[where] = int(minus)
+    corrupt[places[0] + 1] = int(minus)
     return Pair(tuple(clean), tuple(corrupt), len(clean) - 1, (int(minus),))
