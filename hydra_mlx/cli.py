@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from .errors import HydraError, UsageError
 from .text import first_line, printable
@@ -158,6 +159,19 @@ def progress(label: str, enabled: bool = True, unit: str = "") -> Iterator[Calla
         yield bar
     finally:
         live.stop()
+
+
+def check_target(path: Path):
+    """Whether a file can be put there; asked before hours of work.
+
+    Raises:
+        UsageError: There is no such folder, or the name is a folder.
+    """
+    path = path.expanduser()
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is not a folder; {path.name} cannot be written there.")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, expected the name of a file.")
 
 
 class Meter:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .errors import UsageError
 
 
@@ -85,3 +86,10 @@ def write_json(target: Path, result: dict):
         os.replace(beside, target)
     except OSError as e:
         raise UsageError(f"{target} cannot be written ({e.strerror}).") from None
+
+
+def versions() -> dict:
+    """Of what the figures depend on."""
+    from importlib.metadata import version
+
+    return {"hydra_mlx": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import __version__, cli, heatmap
+from . import cli, heatmap
 from .errors import UsageError
 from .text import count
 
@@ -125,22 +125,9 @@ def check_flags(args: argparse.Namespace) -> tuple:
         )
     if args.png is not None:
         heatmap.require_matplotlib()
-        check_folder(Path(args.png))
-    check_folder(Path(args.out))
+        cli.check_target(Path(args.png))
+    cli.check_target(Path(args.out))
     return names
-
-
-def check_folder(path: Path):
-    """Whether a file can be put there; asked before hours of work.
-
-    Raises:
-        UsageError: There is no such folder, or the name is a folder.
-    """
-    path = path.expanduser()
-    if not path.parent.is_dir():
-        raise UsageError(f"{path.parent} is not a folder; {path.name} cannot be written there.")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder, expected the name of a file.")
 
 
 def limit_length(wanted: int | None, config: dict) -> int:
@@ -158,16 +145,10 @@ def limit_length(wanted: int | None, config: dict) -> int:
     return wanted
 
 
-def versions() -> dict:
-    """Of what the figures depend on."""
-    from importlib.metadata import version
-
-    return {"hydra_mlx": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
-
-
 def header(args: argparse.Namespace, path: Path, trunk: Any, settings: Any, text: str) -> dict:
     """What a result belongs to: equal headers, equal results."""
-    from .trunk import model_hash
+    from .journal import versions
+    from .manifest import model_hash
 
     digest = hashlib.sha256(text.encode()).hexdigest() if args.haystack else None
     return {

@@ -22,8 +22,10 @@ def show(data: dict):
             f"halves of the pairs      Spearman {summary['half_spearman']:.3f}, "
             f"{100 * overlap:.0f} % of the best quarter in common"
         )
-    skipped = sum(summary["skipped_pairs"].values())
-    print(f"pairs                    {summary['pairs']}, {skipped} skipped")
+    skipped = ", ".join(f"{c} {n}" for c, n in summary["skipped_pairs"].items())
+    print(f"pairs                    {summary['pairs']}; skipped: {skipped}")
+    for c in set(summary["skipped_pairs"]) - set(data["capabilities"]):
+        print(f"                         all of {c} were skipped, which does not count therefore")
     if known := data.get("knockout"):
         print(f"right answers with heads removed ({known['ablation']} ablation), by score / random")
         for c, curve in known["accuracy"]["score"].items():

@@ -5,7 +5,6 @@ all full attention with the base model's own mathematics (head map `identity`), 
 methods. Letters as in config.py; R is a batch of patched rows.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import ConfigError
-from .manifest import file_digest
 from .model import Model
 
 BLOCK = 256  # queries that attend at a time, so that scores take T * BLOCK numbers and not T * T
@@ -215,13 +213,3 @@ def open_base(path: Path, dtype: str | None = None) -> tuple:
         source.write_tokenizer(Path(folder))
         (Path(folder) / "config.json").write_text('{"model_type": "llama"}', "utf-8")
         return model, loading.load_tokenizer(Path(folder))
-
-
-def model_hash(path: Path) -> str:
-    """SHA-256 over the weights of a model folder or of a GGUF file, hex."""
-    if path.is_file():
-        return file_digest(path)
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("model*.safetensors")):
-        digest.update(file_digest(file).encode())
-    return digest.hexdigest()
