@@ -6,9 +6,10 @@ Everything here depends on the random.Random that is passed in and on nothing el
 import random
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from .errors import UsageError
-from .text import read_file
+from .text import decode, first_line
 
 PEOPLE = (
     "the baker|a retired teacher|the younger sister|an old sailor|the librarian|two gardeners|"
@@ -86,7 +87,14 @@ def file_sentences(files: Sequence) -> list:
     Raises:
         UsageError: A file cannot be read, or there is no sentence in them.
     """
-    text = " ".join(read_file(f) for f in files)
+    texts = []
+    for name in files:
+        try:
+            texts.append(decode(Path(name).expanduser().read_bytes(), name))
+        except (OSError, ValueError) as e:
+            why = getattr(e, "strerror", None) or first_line(e)
+            raise UsageError(f"The haystack file {name!r} cannot be read ({why}).") from None
+    text = " ".join(texts)
     found = [s for s in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if s]
     if not found:
         raise UsageError("The haystack files hold no text.")

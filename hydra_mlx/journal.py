@@ -1,5 +1,6 @@
 """Results of a long run, one JSON line each, so that a killed run goes on where it stopped."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -33,6 +34,8 @@ class Journal:
             except ValueError:
                 break
             whole += len(line) + 1
+        if lines and not good:
+            raise UsageError(f"{path} is no journal of this program.", "Move it away.")
         if good and good[0] != json.loads(json.dumps(header)):
             raise UsageError(
                 f"{path} was left by a run with other settings or another model.",
@@ -40,8 +43,11 @@ class Journal:
             )
         try:
             self._file = path.open("r+b" if path.exists() else "xb")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file.truncate(whole)
             self._file.seek(whole)
+        except BlockingIOError:
+            raise UsageError(f"Another run is writing {path}.", "Wait for it to end.") from None
         except OSError as e:
             raise UsageError(f"{path} cannot be written ({e.strerror}).") from None
         for entry in good[1:]:

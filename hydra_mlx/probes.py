@@ -157,8 +157,6 @@ def fit(length: int, count_tokens: Any, build: Any) -> int:
         n = max(n + step, 0)
     while n and count_tokens(build(n)) > length:
         n -= 1
-    while count_tokens(build(n + 1)) <= length:
-        n += 1
     return n
 
 

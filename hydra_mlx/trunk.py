@@ -54,6 +54,26 @@ class Trunk:
         self.L = len(self.blocks)
         self.tied = "lm_head" not in model
         self.vocab = body.embed_tokens.weight.shape[0]
+        self._compare()
+
+    def _compare(self):
+        # Other architectures have the same names and another order of norms, or scaled embeddings.
+        ids = mx.arange(8)[None] * 7 % self.vocab
+        h = self.embed(ids)
+        try:
+            for layer in range(self.L):
+                heads = self.attend(*self.qkv(layer, h))
+                h = self.mlp(layer, h + self.output(layer, heads))
+            ours, theirs = self.logits(h), self.model(ids)
+            ours, theirs = ours.astype(mx.float32), theirs.astype(mx.float32)
+            same = (mx.square(ours - theirs).sum() <= 1e-3 * mx.square(theirs).sum()).item()
+        except (AttributeError, TypeError, ValueError):
+            same = False
+        if not same:
+            kind = getattr(self.model, "model_type", type(self.model).__name__)
+            raise ConfigError(
+                f"The heads of a {kind!r} model cannot be scored: its layers differ from Llama's."
+            )
 
     def embed(self, ids: mx.array) -> mx.array:
         """[B, T] -> [B, T, E]."""

@@ -8,6 +8,7 @@ from hydra_mlx.probes import Pair
 from hydra_mlx.trunk import Trunk, open_base
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -177,10 +178,28 @@ def test_sources_agree(tmp_path):
     assert_close(Trunk(read).model(ids), model(ids), LOGITS_FLOAT32)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantised_models(tmp_path, tied):
+    *_, model = write_base(tmp_path, "qwen3", seed=1, tie_word_embeddings=tied)
+    nn.quantize(model, 32, 4)
+    trunk, ids = Trunk(model), mx.array([[3, 1, 2]])
+    assert trunk.tied is tied
+    h = trunk.embed(ids)
+    rows = trunk.unembedding(mx.array([5, 70]))
+    assert_close(trunk.norm(h)[0] @ rows.T, trunk.logits(h)[0][:, mx.array([5, 70])], 1e-5)
+
+
 def test_other_models_are_refused(tiny):
     with pytest.raises(ConfigError, match="linear-attention"):
         Trunk(tiny[0])
-    import mlx.nn as nn
-
     with pytest.raises(ConfigError, match="Llama and Qwen3"):
         Trunk(nn.Linear(2, 2))
+    from mlx_lm.models import gemma
+
+    args = gemma.ModelArgs(
+        model_type="gemma", hidden_size=32, num_hidden_layers=2, intermediate_size=48,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-6,
+        vocab_size=64, rope_theta=1e4,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="differ from Llama"):
+        Trunk(gemma.Model(args))

@@ -187,6 +187,14 @@ def test_journal(tmp_path):
     Journal(path, {"x": 1}).close()
     with pytest.raises(UsageError, match="other settings"):
         Journal(path, {"x": 2})
+    journal = Journal(path, {"x": 1})
+    with pytest.raises(UsageError, match="Another run"):
+        Journal(path, {"x": 1})
+    journal.close()
+    path.write_text("something else\n")
+    with pytest.raises(UsageError, match="no journal"):
+        Journal(path, {"x": 1})
+    assert path.read_text() == "something else\n"
 
 
 def test_text_map():
