@@ -194,7 +194,7 @@ class Meter:
         """Tell how far the work is."""
         self._bar(label, done, total)
         now = time.perf_counter()
-        if self._first is None:  # what a resumed run finds done says nothing about speed
+        if self._first is None:
             self._first, self._start = done, now
         if self.quiet or sys.stderr.isatty() or now - self._shown < self.every_s:
             return

@@ -107,14 +107,16 @@ def validate(
     for done, (name, n, c, i) in enumerate(units):
         key = f"{prefix}/{name}/{n}/{c}/{i}"
         same = f"{prefix}/score/{n}/{c}/{i}"
-        if key not in journal.values:
-            if n == 0 and name != "score":
-                journal.add(key, journal.values[same])  # nothing removed: the same run
-            else:
-                removed: list = [[] for _ in range(trunk.L)]
-                for layer, head in orders[name][:n]:
-                    removed[layer].append(head)
-                journal.add(key, list(answers(trunk, pairs[c][i], removed, fill)))
+        if key in journal.values:
+            continue
+        progress("knockout", done, len(units))
+        if n == 0 and name != "score":
+            journal.add(key, journal.values[same])  # nothing removed: the same run
+        else:
+            removed: list = [[] for _ in range(trunk.L)]
+            for layer, head in orders[name][:n]:
+                removed[layer].append(head)
+            journal.add(key, list(answers(trunk, pairs[c][i], removed, fill)))
         progress("knockout", done + 1, len(units))
 
     def curve(name: str, c: str, part: int) -> list:

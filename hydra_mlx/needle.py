@@ -132,7 +132,7 @@ def work(args: argparse.Namespace) -> int:
     check_files(args)
     from . import haystack, loading, stats
     from .journal import Journal, versions
-    from .manifest import model_hash
+    from .manifest import model_hash, model_name
 
     note: Callable = (lambda line: None) if args.quiet else cli.say
     source = haystack.file_sentences(args.haystack) if args.haystack else None
@@ -150,7 +150,11 @@ def work(args: argparse.Namespace) -> int:
     head = {
         "format": FORMAT,
         "format_version": 1,
-        "model": {"name": path.name, "sha256": model_hash(path), "dtype": args.dtype},
+        "model": {
+            "name": model_name(args.model, path),
+            "sha256": model_hash(path),
+            "dtype": args.dtype,
+        },
         "settings": {
             **asdict(settings),
             "haystack_sha256": hashlib.sha256(text.encode()).hexdigest() if source else None,
@@ -177,7 +181,7 @@ def work(args: argparse.Namespace) -> int:
     if not args.quiet:
         print("\n\n".join(table(cells, settings, k) for k in settings.keys))
     if args.png is not None:
-        draw(cells, settings, Path(args.png).expanduser(), path.name, note)
+        draw(cells, settings, Path(args.png).expanduser(), head["model"]["name"], note)
     return 0
 
 

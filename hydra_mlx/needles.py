@@ -87,6 +87,7 @@ def evaluate(
         for trial in range(settings.trials):
             name = f"{keys}/{length}/{depth}/{trial}"
             if name not in values:
+                progress(f"{length} tokens", done, total)
                 rng = random.Random(f"{settings.seed}/needle/{name}")
                 needle = make_needle(tokenizer, rng, length, depth, keys, settings.digits, source)
                 reply = ask(model, tokenizer, needle.body, settings.digits, settings.chat)
@@ -101,8 +102,8 @@ def evaluate(
             else:
                 cell["wrong"].append([answer, reply])
             done += 1
-            progress(f"{length} tokens", done, total)
         out.append(cell)
+    progress("done", done, total)
     return out
 
 

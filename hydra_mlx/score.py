@@ -148,14 +148,14 @@ def limit_length(wanted: int | None, config: dict) -> int:
 def header(args: argparse.Namespace, path: Path, trunk: Any, settings: Any, text: str) -> dict:
     """What a result belongs to: equal headers, equal results."""
     from .journal import versions
-    from .manifest import model_hash
+    from .manifest import model_hash, model_name
 
     digest = hashlib.sha256(text.encode()).hexdigest() if args.haystack else None
     return {
         "format": FORMAT,
         "format_version": 1,
         "model": {
-            "name": path.name,
+            "name": model_name(args.model, path),
             "sha256": model_hash(path),
             "layers": trunk.L,
             "heads": trunk.H,

@@ -63,7 +63,7 @@ def test_exact_accuracies(tokenizer):
     right = {(c["length"], c["depth"]): c["right"] for c in cells}
     assert right == {(600, 0.0): 2, (600, 1.0): 2, (1200, 0.0): 0, (1200, 1.0): 2}
     assert accuracy(cells, 1, 600) == 1.0 and accuracy(cells, 1, 1200) == 0.5
-    assert seen[-1] == ("1200 tokens", 8, 8)
+    assert seen[0] == ("600 tokens", 0, 8) and seen[-1] == ("done", 8, 8)
     lost = next(c for c in cells if (c["length"], c["depth"]) == (1200, 0.0))
     assert [reply[:7] for _, reply in lost["wrong"]] == ["0000000"] * 2
     assert all(len(answer) == 7 for answer, _ in lost["wrong"])

@@ -164,6 +164,17 @@ def test_fusion_by_hand():
     assert scoring.ranking(tied, raw) == [[1, 0], [0, 0], [0, 1], [1, 1]]
 
 
+def test_promotion_by_hand():
+    s = scoring.ScoreSettings(capabilities=("single",), sub_probes=1, pairs=2, rounds=1)
+    values = {f"senders 1/single/0/{p}": effects((0, 1, 0.04 * p)) for p in (0, 1)}
+    values["receivers/single/0/0"] = effects((1, 0, 0.021), (1, 1, 0.019))
+    values["receivers/single/0/1"] = effects()
+    assert scoring.promoted(values, s, "single", ["receivers"]) == [[], [0]]
+    assert scoring.promoted(values, s, "single", ["receivers", "senders 1"]) == [[1], [0]]
+    values["receivers/single/0/0"] = values["receivers/single/0/1"] = None
+    assert scoring.promoted(values, s, "single", ["receivers"]) == []
+
+
 def test_statistics():
     a = np.array([[0.0, 1.0], [2.0, 2.0]])
     assert scoring.spearman(a, a) == pytest.approx(1) and scoring.spearman(a, a * 0) is None
