@@ -84,9 +84,9 @@ def validate(
         {"ablation", "texts", "removed": counts, "accuracy": {order: {capability: list}},
         "readout": the same with mean m}.
     """
-    mixed = list(order)
-    random.Random(f"{settings.seed}/knockout").shuffle(mixed)
-    orders = {"score": order, "random": mixed}
+    shuffled = list(order)
+    random.Random(f"{settings.seed}/knockout").shuffle(shuffled)
+    orders = {"score": order, "random": shuffled}
     pairs: dict = {}
     for c in settings.capabilities:
         pairs[c] = []
@@ -95,7 +95,8 @@ def validate(
             keys, form = settings.keys if c == "multi" else 1, FORMS[i % settings.sub_probes]
             depth = (i + rng.random()) / texts
             pairs[c].append(make_pair(tokenizer, rng, form, settings.length, depth, keys, source))
-    fill = fills(trunk, [p for c in settings.capabilities for p in pairs[c]][::-1], kind)
+    mixed = [pairs[c][i] for i in range(texts) for c in settings.capabilities]
+    fill = fills(trunk, mixed, kind)
     steps, prefix = counts(len(order)), f"knockout/{kind}/{texts}"
     units = [
         (name, n, c, i)
