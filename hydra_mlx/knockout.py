@@ -63,6 +63,19 @@ def fills(trunk: Trunk, pairs: Sequence, kind: str) -> list:
     return [x / n for x in sums]
 
 
+def fresh_pairs(
+    tokenizer: Any, settings: ScoreSettings, capability: str, texts: int, source: Sequence | None
+) -> list:
+    """Pairs that scoring has not seen, over all wordings and depths."""
+    out, keys = [], settings.keys if capability == "multi" else 1
+    for i in range(texts):
+        sub = i % settings.sub_probes
+        rng = pair_rng(settings.seed, f"validate {capability}", sub, i)
+        depth = (i + rng.random()) / texts
+        out.append(make_pair(tokenizer, rng, FORMS[sub], settings.length, depth, keys, source))
+    return out
+
+
 def validate(
     trunk: Trunk,
     tokenizer: Any,
@@ -87,14 +100,7 @@ def validate(
     shuffled = list(order)
     random.Random(f"{settings.seed}/knockout").shuffle(shuffled)
     orders = {"score": order, "random": shuffled}
-    pairs: dict = {}
-    for c in settings.capabilities:
-        pairs[c] = []
-        for i in range(texts):
-            rng = pair_rng(settings.seed, f"validate {c}", i % settings.sub_probes, i)
-            keys, form = settings.keys if c == "multi" else 1, FORMS[i % settings.sub_probes]
-            depth = (i + rng.random()) / texts
-            pairs[c].append(make_pair(tokenizer, rng, form, settings.length, depth, keys, source))
+    pairs = {c: fresh_pairs(tokenizer, settings, c, texts, source) for c in settings.capabilities}
     mixed = [pairs[c][i] for i in range(texts) for c in settings.capabilities]
     fill = fills(trunk, mixed, kind)
     steps, prefix = counts(len(order)), f"knockout/{kind}/{texts}"
