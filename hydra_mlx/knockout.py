@@ -12,7 +12,7 @@ from .probes import FORMS, Pair, make_pair, pair_rng
 from .scoring import ScoreSettings
 from .trunk import Trunk
 
-SHARES = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3)  # of all heads
+SHARES = (0.0, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # of all heads
 MEAN_TEXTS = 4  # that the mean outputs are taken from
 
 
