@@ -200,7 +200,9 @@ class Meter:
             return
         self._shown = now
         speed = (done - self._first) / (now - self._start) if now > self._start else 0
-        left = f", about {(total - done) / speed / 60:.0f} min left" if speed else ""
+        left = (
+            f", about {(total - done) / speed / 60:.0f} min left" if speed and done < total else ""
+        )
         say(f"{label}: {done} of {total} steps{left}")
 
 
