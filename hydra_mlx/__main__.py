@@ -12,8 +12,10 @@ PROG = cli.PROG
 COMMANDS = {  # name: (module, what it does)
     "generate": ("generate", "Answer one prompt; the reply goes to stdout."),
     "convert": ("convert", "Turn a checkpoint into a folder that loads fast."),
+    "score": ("score", "How much each head of a base model matters for retrieval."),
     "migrate": ("migrate", "Turn a Llama or Qwen3 into a HydraHead model to be trained."),
     "transfer": ("transfer", "Train a migrated model to do what its base does."),
+    "needle": ("needle", "Find facts hidden in long texts: accuracy by length and depth."),
     "cost": ("cost", "Predicted speed on Apple chips, by context length."),
 }
 

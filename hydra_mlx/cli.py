@@ -10,8 +10,10 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from .errors import HydraError, UsageError
 from .text import first_line, printable
@@ -157,6 +159,51 @@ def progress(label: str, enabled: bool = True, unit: str = "") -> Iterator[Calla
         yield bar
     finally:
         live.stop()
+
+
+def check_target(path: Path):
+    """Whether a file can be put there; asked before hours of work.
+
+    Raises:
+        UsageError: There is no such folder, or the name is a folder.
+    """
+    path = path.expanduser()
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is not a folder; {path.name} cannot be written there.")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, expected the name of a file.")
+
+
+class Meter:
+    """Progress with the time left: a bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, label: str, quiet: bool, every_s: float = 30.0):
+        self.quiet, self.every_s = quiet, every_s
+        self._stack = progress(label, not quiet, "steps")
+        self._start = self._shown = time.perf_counter()
+        self._first: int | None = None
+
+    def __enter__(self) -> "Meter":
+        self._bar = self._stack.__enter__()
+        return self
+
+    def __exit__(self, *exc):
+        self._stack.__exit__(*exc)
+
+    def __call__(self, label: str, done: int, total: int):
+        """Tell how far the work is."""
+        self._bar(label, done, total)
+        now = time.perf_counter()
+        if self._first is None:
+            self._first, self._start = done, now
+        if self.quiet or sys.stderr.isatty() or now - self._shown < self.every_s:
+            return
+        self._shown = now
+        speed = (done - self._first) / (now - self._start) if now > self._start else 0
+        left = (
+            f", about {(total - done) / speed / 60:.0f} min left" if speed and done < total else ""
+        )
+        say(f"{label}: {done} of {total} steps{left}")
 
 
 def is_out_of_memory(error: Exception) -> bool:

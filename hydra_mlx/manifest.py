@@ -21,6 +21,21 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def model_name(given: str, path: Path) -> str:
+    """What a result calls a model: the hub id, or the last part of a local path."""
+    return path.name if Path(given).expanduser().exists() else given
+
+
+def model_hash(path: Path) -> str:
+    """SHA-256 over the weights of a model folder or of a GGUF file, hex."""
+    if path.is_file():
+        return file_digest(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("model*.safetensors")):
+        digest.update(file_digest(file).encode())
+    return digest.hexdigest()
+
+
 def manifest(folder: Path, source: str, report: KeyReport) -> dict:
     """The manifest of a finished folder.
 

@@ -1,0 +1,101 @@
+"""Results of a long run, one JSON line each, so that a killed run goes on where it stopped."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import UsageError
+
+
+class Journal:
+    """An append-only file of (key, value) lines under a header that says what they belong to.
+
+    Args:
+        path: Made if absent; otherwise its lines are taken over, a half-written last one dropped.
+        header: Must equal that of an existing file.
+
+    Raises:
+        UsageError: The file belongs to another run, or cannot be read or written.
+    """
+
+    def __init__(self, path: Path, header: dict):
+        self.path, self.values = path, {}
+        try:
+            lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        except OSError as e:
+            raise UsageError(f"{path} cannot be read ({e.strerror}).") from None
+        whole, good = 0, []
+        for line in lines:
+            try:
+                good.append(json.loads(line))
+            except ValueError:
+                break
+            whole += len(line) + 1
+        if lines and not good:
+            raise UsageError(f"{path} is no journal of this program.", "Move it away.")
+        if good and good[0] != json.loads(json.dumps(header)):
+            raise UsageError(
+                f"{path} was left by a run with other settings or another model.",
+                "Give the flags of that run to go on with it, or --overwrite to give it up.",
+            )
+        try:
+            self._file = path.open("r+b" if path.exists() else "xb")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file.truncate(whole)
+            self._file.seek(whole)
+        except BlockingIOError:
+            raise UsageError(f"Another run is writing {path}.", "Wait for it to end.") from None
+        except OSError as e:
+            raise UsageError(f"{path} cannot be written ({e.strerror}).") from None
+        for entry in good[1:]:
+            self.values[entry[0]] = entry[1]
+        if not good:
+            self._write(header)
+
+    def _write(self, value: Any):
+        self._file.write(json.dumps(value).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def add(self, key: str, value: Any):
+        """Keep a value; it is on the disk when this returns."""
+        self._write([key, value])
+        self.values[key] = value
+
+    def close(self):
+        """Close the file and leave it."""
+        self._file.close()
+
+    def finish(self, target: Path, result: dict):
+        """Write the result beside `target`, give it that name, then remove the journal.
+
+        Raises:
+            UsageError: It cannot be written; the journal is left.
+        """
+        self.close()
+        write_json(target, result)
+        self.path.unlink(missing_ok=True)
+
+
+def write_json(target: Path, result: dict):
+    """Write a JSON file whole or not at all.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    beside = target.with_name(f".{target.name}.writing")
+    try:
+        beside.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        os.replace(beside, target)
+    except OSError as e:
+        raise UsageError(f"{target} cannot be written ({e.strerror}).") from None
+
+
+def versions() -> dict:
+    """Of what the figures depend on."""
+    from importlib.metadata import version
+
+    return {"hydra_mlx": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
