@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_attention.py [--keys 131072 524288] [--json FILE]
 
-Medians over repeated runs on buffers larger than the caches of the chip; the last line is JSON.
+Device time is the slope of a chain of calls over caches in turn (timing.chained_ms), beside the
+median of single calls with their synchronisation; the last line is JSON.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from hydra_mlx.kernels.dispatch import route
 
 import mlx.core as mx
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
-from timing import median_ms
+from timing import chained_ms, median_ms
 
 
 def error(a: mx.array, b: mx.array) -> float:
@@ -66,31 +67,38 @@ def main(argv=None) -> int:
                 rows.append({"check": "fa_decode", "dtype": name, "bits": bits, "D": D, "error": e})
     for S in args.keys:
         for bits in (None, 8, 4):
-            kv, k, v = cache(4, S, 128, mx.bfloat16, bits)
+            caches = [cache(4, S, 128, mx.bfloat16, bits)[0] for _ in range(3)]
             q = mx.random.normal((1, 1, 4, 128), dtype=mx.bfloat16)
-            qh = q.swapaxes(1, 2)
-            mx.eval(q, kv.parts, k, v)
-            ours = median_ms(
-                lambda q=q, kv=kv: fa_decode.run(q, kv, (0, 1, 2, 3), 128**-0.5, route=way)
-            )
-            if bits is None:
-                theirs = median_ms(
-                    lambda qh=qh, k=k, v=v: mx.fast.scaled_dot_product_attention(
-                        qh, k, v, scale=128**-0.5
+            mx.eval(q, [kv.parts for kv in caches])
+
+            def ours(q, kv):
+                return fa_decode.run(q, kv, (0, 1, 2, 3), 128**-0.5, route=way)
+
+            def theirs(q, kv, bits=bits):
+                if bits is None:
+                    return mx.fast.scaled_dot_product_attention(
+                        q, kv.keys, kv.values, scale=128**-0.5
                     )
+                return quantized_scaled_dot_product_attention(
+                    q, kv.keys, kv.values, 128**-0.5, None, 64, bits
                 )
-            else:
-                theirs = median_ms(
-                    lambda qh=qh, kv=kv, b=bits: quantized_scaled_dot_product_attention(
-                        qh, kv.keys, kv.values, 128**-0.5, None, 64, b
-                    )
-                )
-            gb = 4 * S * kv.row_bytes / 1e9
+
+            row = {"S": S, "bits": bits, "gb": 4 * S * caches[0].row_bytes / 1e9}
+            for name, f, x in (("ours", ours, q), ("MLX", theirs, q.swapaxes(1, 2))):
+                row[name] = chained_ms(f, x, caches, runs=3)
+                row[f"{name} wall"] = median_ms(lambda f=f, x=x, kv=caches[0]: f(x, kv))
             print(
-                f"S={S} bits={bits}: ours {ours:.3f} ms ({gb / ours * 1000:.0f} GB/s), "
-                f"MLX {theirs:.3f} ms ({gb / theirs * 1000:.0f} GB/s), {theirs / ours:.2f} times"
+                f"S={S} bits={bits}: "
+                + ", ".join(
+                    f"{n} {row[n]:.3f} ms ({1000 * row['gb'] / row[n]:.0f} GB/s; "
+                    f"one call with its synchronisation {row[f'{n} wall']:.3f} ms)"
+                    for n in ("ours", "MLX")
+                )
+                + f", {row['MLX'] / row['ours']:.2f} times"
             )
-            rows.append({"S": S, "bits": bits, "ours_ms": ours, "mlx_ms": theirs, "gb": gb})
+            rows.append(row)
+            del caches
+            mx.clear_cache()
     for bits in (8, 4):
         kv, k, v = cache(2, 700, 128, mx.bfloat16, bits)
         q = mx.random.normal((1, 150, 4, 128), dtype=mx.bfloat16)
