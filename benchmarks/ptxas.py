@@ -3,7 +3,7 @@
     python benchmarks/ptxas.py [--arch sm_90] [--kernel NAME ...] [--fa OPTION=N ...]
 
 Compiles the text that mx.fast.cuda_kernel gets, with nvcc, for representative specialisations; no
-GPU needed. --fa sets options of fa_decode.launch, as unroll=2 lanes=8 simdgroups=4 pipeline=1.
+GPU needed. --fa sets options of fa_decode.launch, as unroll=2 lanes=8 simdgroups=4.
 """
 
 import argparse

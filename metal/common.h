@@ -64,9 +64,6 @@ HYDRA_FN void load_uint4(const device uint* p, thread uint* out) {
   for (int i = 0; i < 4; ++i) out[i] = x[i];
 }
 
-// The same for words that nobody reads again; only CUDA knows a difference.
-HYDRA_FN void load_uint4_once(const device uint* p, thread uint* out) { load_uint4(p, out); }
-
 #endif
 
 // Eight neighbours as floats; p is aligned to 4 elements (on CUDA: to 8, one 16-byte load).

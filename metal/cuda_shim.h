@@ -206,8 +206,3 @@ HYDRA_FN void load_uint4(const uint* p, uint* out) {
   const uint4 w = *reinterpret_cast<const uint4*>(p);
   out[0] = w.x; out[1] = w.y; out[2] = w.z; out[3] = w.w;
 }
-// Past L1, which streamed words would only churn; DRAM is asked for 256 bytes at a time.
-HYDRA_FN void load_uint4_once(const uint* p, uint* out) {
-  asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
-      : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "l"(p));
-}

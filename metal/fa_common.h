@@ -11,16 +11,12 @@
 #define FA_MASKED -3.0e38f
 #define FA_START -1.0e30f
 
-// N neighbouring words in loads of up to 16 bytes; p is aligned to the load. ONCE: nobody will want
-// them again.
-template <int N, bool ONCE>
+// N neighbouring words in loads of up to 16 bytes; p is aligned to the load.
+template <int N>
 HYDRA_FN void fa_load_words(const device uint* p, thread uint* out) {
   if (N % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < N / 4; ++i) {
-      if (ONCE) load_uint4_once(p + 4 * i, out + 4 * i);
-      else load_uint4(p + 4 * i, out + 4 * i);
-    }
+    for (int i = 0; i < N / 4; ++i) load_uint4(p + 4 * i, out + 4 * i);
   } else if (N % 2 == 0) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {

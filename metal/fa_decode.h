@@ -23,9 +23,6 @@
 // part    [T*Hf, splits, DV], stats [T*Hf, splits, 2] (maximum, sum) of this sequence, float
 // T, S    query tokens and valid keys; query t sees keys below S - T + t + 1
 // scale   multiplies scores;  a, offset: log-length scale at position offset + t, off when a is 0
-// PIPE    ask for the keys of the next step as soon as this one's are used up, likewise values:
-//         loads are always under way, for no more registers than a step's words
-// ONCE    loads may pass by the L1 cache (CUDA only)
 // memory  SG * (DV + 2) floats of threadgroup memory, free on entry (barrier before a reuse)
 // Every thread of the threadgroup must call it: 32 * SG threads. An empty split (first >= end) is
 // allowed and writes a partial of weight 0.
@@ -53,7 +50,7 @@ HYDRA_FN void fa_decode_queries(
 }
 
 // Words w [U, D*BITS/32/L], scales and biases [U] of this lane's keys (or values) of a step.
-template <typename C, int BITS, int GROUP, int D, int L, int U, bool TAIL, bool ONCE>
+template <typename C, int BITS, int GROUP, int D, int L, int U, bool TAIL>
 HYDRA_FN void fa_decode_load(
     const device uint* words, const device C* scales, const device C* biases, int base, int end,
     int lane, thread uint* w, thread float* scale, thread float* bias) {
@@ -63,7 +60,7 @@ HYDRA_FN void fa_decode_load(
   for (int u = 0; u < U; ++u) {
     int key = base + u * (32 / L) + group;
     if (TAIL) key = metal::min(key, end - 1);
-    fa_load_words<W, ONCE>(words + key * (L * W) + j * W, w + u * W);
+    fa_load_words<W>(words + key * (L * W) + j * W, w + u * W);
     if (BITS < 16) {
       const int at = key * (D / GROUP) + j * E / GROUP;
       scale[u] = to_float(scales[at]);
@@ -151,7 +148,7 @@ HYDRA_FN void fa_decode_add(
 }
 
 template <
-    typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, bool TAIL, bool ONCE>
+    typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, bool TAIL>
 HYDRA_FN void fa_decode_step(
     const device uint* k_words, const device C* k_scales, const device C* k_biases,
     const device uint* v_words, const device C* v_scales, const device C* v_biases,
@@ -159,9 +156,9 @@ HYDRA_FN void fa_decode_step(
     int lane, thread float* m, thread float* l, thread float* acc, thread float* acc_bias) {
   uint kw[U * DK / L * BITS / 32], vw[U * DV / L * BITS / 32];
   float ks[U], kb[U], vs[U], vb[U], p[R * U];
-  fa_decode_load<C, BITS, GROUP, DK, L, U, TAIL, ONCE>(
+  fa_decode_load<C, BITS, GROUP, DK, L, U, TAIL>(
       k_words, k_scales, k_biases, base, end, lane, kw, ks, kb);
-  fa_decode_load<C, BITS, GROUP, DV, L, U, TAIL, ONCE>(
+  fa_decode_load<C, BITS, GROUP, DV, L, U, TAIL>(
       v_words, v_scales, v_biases, base, end, lane, vw, vs, vb);
   fa_decode_dot<C, BITS, DK, L, R, U>(q, q_sum, kw, ks, kb, p);
   fa_decode_softmax<BITS, DV, L, R, U, TAIL>(limit, base, lane, p, m, l, acc, acc_bias);
@@ -169,8 +166,7 @@ HYDRA_FN void fa_decode_step(
 }
 
 template <
-    typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, int SG, bool PIPE,
-    bool ONCE>
+    typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, int SG>
 HYDRA_FN void fa_decode_scan(
     const thread float* query, const thread float* q_sum, const thread int* limit,
     const thread int* row, const device uint* k_words, const device C* k_scales,
@@ -189,43 +185,15 @@ HYDRA_FN void fa_decode_scan(
 #pragma unroll
     for (int i = 0; i < EV; ++i) acc[r * EV + i] = 0.0f;
   }
-  if (PIPE) {
-    uint kw[U * DK / L * BITS / 32], vw[U * DV / L * BITS / 32];
-    float ks[U], kb[U], vs[U], vb[U], p[R * U];
-    int base = first + sg * KEYS;
-    if (base < end) {
-      fa_decode_load<C, BITS, GROUP, DK, L, U, true, ONCE>(
-          k_words, k_scales, k_biases, base, end, lane, kw, ks, kb);
-      fa_decode_load<C, BITS, GROUP, DV, L, U, true, ONCE>(
-          v_words, v_scales, v_biases, base, end, lane, vw, vs, vb);
-    }
-    while (base < end) {
-      const int next = base + SG * KEYS;
-      fa_decode_dot<C, BITS, DK, L, R, U>(query, q_sum, kw, ks, kb, p);
-      if (next < end)
-        fa_decode_load<C, BITS, GROUP, DK, L, U, true, ONCE>(
-            k_words, k_scales, k_biases, next, end, lane, kw, ks, kb);
-      if (base + KEYS <= full)
-        fa_decode_softmax<BITS, DV, L, R, U, false>(limit, base, lane, p, m, l, acc, acc_bias);
-      else
-        fa_decode_softmax<BITS, DV, L, R, U, true>(limit, base, lane, p, m, l, acc, acc_bias);
-      fa_decode_add<C, BITS, DV, L, R, U>(p, vw, vs, vb, acc, acc_bias);
-      if (next < end)
-        fa_decode_load<C, BITS, GROUP, DV, L, U, true, ONCE>(
-            v_words, v_scales, v_biases, next, end, lane, vw, vs, vb);
-      base = next;
-    }
-  } else {
-    for (int base = first + sg * KEYS; base < end; base += SG * KEYS) {
-      if (base + KEYS <= full) {
-        fa_decode_step<C, BITS, GROUP, DK, DV, L, R, U, false, ONCE>(
-            k_words, k_scales, k_biases, v_words, v_scales, v_biases, query, q_sum, limit, base,
-            end, lane, m, l, acc, acc_bias);
-      } else {
-        fa_decode_step<C, BITS, GROUP, DK, DV, L, R, U, true, ONCE>(
-            k_words, k_scales, k_biases, v_words, v_scales, v_biases, query, q_sum, limit, base,
-            end, lane, m, l, acc, acc_bias);
-      }
+  for (int base = first + sg * KEYS; base < end; base += SG * KEYS) {
+    if (base + KEYS <= full) {
+      fa_decode_step<C, BITS, GROUP, DK, DV, L, R, U, false>(
+          k_words, k_scales, k_biases, v_words, v_scales, v_biases, query, q_sum, limit, base,
+          end, lane, m, l, acc, acc_bias);
+    } else {
+      fa_decode_step<C, BITS, GROUP, DK, DV, L, R, U, true>(
+          k_words, k_scales, k_biases, v_words, v_scales, v_biases, query, q_sum, limit, base,
+          end, lane, m, l, acc, acc_bias);
     }
   }
 

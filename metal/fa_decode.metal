@@ -15,8 +15,7 @@
 // scalars  T, Hf, Hk, S, S_alloc, items, splits, split_keys, offset (position of query token 0)
 // outputs  part [B, T, Hf, splits, DV] float;  stats [B, T, Hf, splits, 2] float: maximum of the
 //          base-2 scores, sum of 2^(score - maximum)
-// template X, C; BITS 32, 16, 8 or 4; GROUP, 1 when not quantised; DK, DV; L, R, U, SG, PIPE, ONCE
-//          as there
+// template X, C; BITS 32, 16, 8 or 4; GROUP, 1 when not quantised; DK, DV; L, R, U, SG as there
 // grid     (32*SG * items*splits*B, 1, 1), threadgroup (32*SG, 1, 1)
 threadgroup float memory[SG * (DV + 2)];
 
@@ -36,7 +35,7 @@ fa_decode_queries<X, BITS, DK, L, R>(
     q + b * T * Hf * DK, row, T, Hf, S, end, floats[0], floats[1], offset, lane, query, q_sum,
     limit);
 
-fa_decode_scan<C, BITS, GROUP, DK, DV, L, R, U, SG, PIPE, ONCE>(
+fa_decode_scan<C, BITS, GROUP, DK, DV, L, R, U, SG>(
     query, q_sum, limit, row,
     reinterpret_cast<const device uint*>(keys) + head * S_alloc * (DK * BITS / 32),
     reinterpret_cast<const device C*>(k_scales) + head * S_alloc * (DK / GROUP),

@@ -19,7 +19,7 @@
 //          part [B, T, Hf, splits+1, D], stats [B, T, Hf, splits+1, 2] as in fa_decode.metal
 //          new_k, new_v [B, Hk, T, D] X
 // template as la_decode.metal; FQ, FK dtypes of fa_q_norm, fa_k_norm; FA_NORM, FA_ROPE 0 or 1;
-//          C, BITS, GROUP, L, R, U, PIPE, ONCE as fa_decode.metal
+//          C, BITS, GROUP, L, R, U as fa_decode.metal
 // grid     (32*SG * (B*Hl + B*Hk + B*(splits+1)*items), 1, 1), threadgroup (32*SG, 1, 1)
 constexpr int LA_FLOATS = 4 * TM * D;
 constexpr int SCAN_FLOATS = R * D + SG * (D + 4);  // the last 2 SG are padding to whole float4
@@ -128,7 +128,7 @@ if (index < B * Hl) {
     float query[R * (D / L)], q_sum[R];
     for (int r = 0; r < R; ++r) row[r] = rows[r];
     hydra_queries<BITS, D, L, R>(memory, end, lane, query, q_sum, limit);
-    fa_decode_scan<C, BITS, GROUP, D, D, L, R, U, SG, PIPE, ONCE>(
+    fa_decode_scan<C, BITS, GROUP, D, D, L, R, U, SG>(
         query, q_sum, limit, row,
         reinterpret_cast<const device uint*>(keys) + head * allocated * (D * BITS / 32),
         reinterpret_cast<const device C*>(k_scales) + head * allocated * (D / GROUP),

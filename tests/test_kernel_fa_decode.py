@@ -162,8 +162,8 @@ SHAPES = [
     Case(S=31, splits=(40, 32)),  # more splits than keys
     Case(S=500, splits=(4, 160), options=(("simdgroups", 16),)),
     Case(S=65, options=(("max_rows", 2), ("unroll", 1))),
-    Case(S=500, T=2, options=(("pipeline", 1), ("simdgroups", 2), ("unroll", 2), ("once", 1))),
-    Case(S=5, T=5, options=(("pipeline", 1), ("per_core", 8))),
+    Case(S=500, T=2, options=(("simdgroups", 2), ("unroll", 2))),
+    Case(S=5, T=5, options=(("per_core", 8),)),
 ]
 
 
@@ -262,7 +262,7 @@ CHECKED = [
     Case(S=33, T=8, kv_map=(0,), bits=4, group=32, dtype="bfloat16", cores=1, gate="headwise"),
     Case(S=65, T=1, kv_map=(0, 1), Dk=128, Dv=128, bits=8, dtype="float32", cores=1, B=2),
     Case(S=31, splits=(2, 32), dtype="float32", norm="rms_no_weight"),
-    Case(S=133, T=2, bits=4, dtype="float32", options=(("pipeline", 1), ("simdgroups", 1))),
+    Case(S=133, T=2, bits=4, dtype="float32", options=(("simdgroups", 1),)),
 ]
 
 
@@ -285,7 +285,7 @@ COUNTED = [
         splits=(4, 128),
     ),
     Case(S=300, T=2, kv_map=(0, 1), bits=8, group=32, dtype="float16", Dv=128),
-    Case(S=300, kv_map=(0, 1), dtype="bfloat16", options=(("pipeline", 1), ("simdgroups", 2))),
+    Case(S=300, kv_map=(0, 1), dtype="bfloat16", options=(("simdgroups", 2),)),
 ]
 
 

@@ -189,7 +189,7 @@ def test_splits_do_not_matter():
     mixer = mixer_of(64, 1, 2)
     for splits in ((1, 224), (7, 32), (4, 64)):
         compare(mixer, 1, 2, 201, splits=splits)
-    compare(mixer, 1, 2, 201, pipeline=1, once=1, unroll=2, simdgroups=4, check=True)
+    compare(mixer, 1, 2, 201, unroll=2, simdgroups=4, check=True)
 
 
 def test_norm_weight_of_an_unfolded_layer():

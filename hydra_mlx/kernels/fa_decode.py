@@ -36,7 +36,6 @@ UNROLL = {32: (2, 2), 16: (4, 4), 8: (4, 4), 4: (4, 4)}
 # Cores, where nobody says: 132 multiprocessors of an H100 or H200; a Pro or Max chip of Apple.
 CORES = {"metal": 20, "cuda": 132}
 GROUPS_PER_CORE = 4  # threadgroups a core works on at a time, to hide each other's latency
-PIPELINE, ONCE = 0, 0  # PIPE and ONCE of fa_decode.h
 MAX_SPLITS = 256  # the second pass has one threadgroup a head and token, and reads them all
 
 KERNEL = Kernel(
@@ -262,8 +261,6 @@ def launch(
     lanes: int | None = None,
     max_rows: int = MAX_ROWS,
     per_core: int = GROUPS_PER_CORE,
-    pipeline: int = PIPELINE,
-    once: int = ONCE,
 ) -> Launch:
     """The first pass.
 
@@ -272,8 +269,7 @@ def launch(
         scale: Of the scores, 1/sqrt(D). a: Of the log-length scale, None for off.
         offset: Position of query token 0; None for S - T.
         cores: Of the GPU. splits: (number, keys of one) instead of split_plan's.
-        simdgroups, unroll, lanes, max_rows, per_core, pipeline, once: Instead of the tables', for
-            sweeps.
+        simdgroups, unroll, lanes, max_rows, per_core: Instead of the tables', for sweeps.
 
     Returns:
         Outputs part [B, T, Hf, splits, Dv] and stats [B, T, Hf, splits, 2], float32.
@@ -294,7 +290,6 @@ def launch(
         (
             ("X", q.dtype), ("C", kv.dtype), ("BITS", kv.width), ("GROUP", kv.group_size or 1),
             ("DK", Dk), ("DV", Dv), ("L", L), ("R", R), ("U", U), ("SG", simdgroups),
-            ("PIPE", pipeline), ("ONCE", once),
         ),
         (32 * simdgroups * len(items) * n * B, 1, 1),
         (32 * simdgroups, 1, 1),

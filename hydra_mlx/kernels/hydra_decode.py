@@ -175,15 +175,13 @@ def launch(
     lanes: int | None = None,
     max_rows: int = fa_decode.MAX_ROWS,
     per_core: int = fa_decode.GROUPS_PER_CORE,
-    pipeline: int = fa_decode.PIPELINE,
-    once: int = fa_decode.ONCE,
 ) -> Launch:
     """The first dispatch.
 
     Args:
         layer to state: As la_decode.launch. kv: The cache without the new tokens, None if empty.
         cores: Of the GPU. splits: (number, keys of one) of the cached keys, not split_plan's.
-        simdgroups, unroll, lanes, max_rows, per_core, pipeline, once: As fa_decode.launch.
+        simdgroups, unroll, lanes, max_rows, per_core: As fa_decode.launch.
 
     Returns:
         Outputs y_la [B, T, Hl, D], state, tail, part [B, T, Hf, splits + 1, D] and stats
@@ -191,7 +189,7 @@ def launch(
     """
     offset = la_decode.offset_array(offset)
     kind = None if kv is None else (kv.dtype, kv.bits, kv.group_size)
-    sizes = (simdgroups, unroll, lanes, max_rows, pipeline, once)
+    sizes = (simdgroups, unroll, lanes, max_rows)
     key = (x.shape, x.dtype, ab.dtype, offset.size, kind, sizes)
     plan = layer.plans.get(key)
     if plan is None:
@@ -240,7 +238,7 @@ class _Plan:
     dtypes: tuple
 
 
-def _plan(layer, x, ab, offset, kv, simdgroups, unroll, lanes, max_rows, pipeline, once) -> _Plan:
+def _plan(layer, x, ab, offset, kv, simdgroups, unroll, lanes, max_rows) -> _Plan:
     la, (B, T, W) = layer.la, x.shape
     D, Hf, Hk = la.D, layer.Hf, layer.Hk
     R, items, work = fa_decode.work_table(layer.kv_of_fa, T, max_rows)
@@ -262,7 +260,7 @@ def _plan(layer, x, ab, offset, kv, simdgroups, unroll, lanes, max_rows, pipelin
             *la_decode.la_template(la, x, ab, offset), ("FQ", norms[0].dtype),
             ("FK", norms[1].dtype), ("FA_NORM", int(layer.q_norm is not None)),
             ("FA_ROPE", int(layer.fa_rope)), ("C", dtype), ("BITS", bits), ("GROUP", group),
-            ("L", L), ("R", R), ("U", U), ("SG", simdgroups), ("PIPE", pipeline), ("ONCE", once),
+            ("L", L), ("R", R), ("U", U), ("SG", simdgroups),
         ),
         fixed_threads=32 * simdgroups * B * (la.heads + Hk),
         split_threads=32 * simdgroups * B * len(items),

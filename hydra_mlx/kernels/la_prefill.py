@@ -329,24 +329,39 @@ def composed_cost(B: int, T: int, Hl: int, Dk: int, Dv: int, dtype: mx.Dtype) ->
         return Cost(total[0], total[1], total[2], 0, total[3])
     C = min(delta.CHUNK, 1 << (T - 1).bit_length())
     chunks, CC, levels = -(-T // C), C * C, C.bit_length() - 1
-    for _ in range(chunks):
-        op(0, C * (2 * Dk + Dv), 0)  # to float32, head by head
-        total[0] += n * C * (2 * Dk + Dv) * item
-        op(C * (2 * Dk + Dv), C * (2 * Dk + Dv))  # contiguous
-        op(CC, CC, CC, 4)  # segments: where, cumsum, exp, tri
-        op(C, C, C, 3)  # since the start
-        op(2 * C * Dk, C * Dk, C * Dk)  # beta K
-        op(2 * C * Dk, CC, 2 * CC * Dk, 2)  # the two Gram matrices
-        op(2 * CC, CC, CC, 3)  # decays, mask
-        op(2 * CC, CC, CC, 2)  # the first merge
-        op(2 * CC, CC, 2 * CC * C, 2 * (levels - 1))
-        op(2 * CC, CC, CC, 2 * (levels - 1))
-        op(C * Dk + S, C * Dv, 2 * C * S, 2)  # K S^T, Q S^T
-        op(2 * C * Dv, C * Dv, C * Dv, 4)
-        op(CC + C * Dv, C * Dv, 2 * CC * Dv, 2)  # P, and its part of O
-        op(C * Dv, C * Dv, C * Dv)
-        op(C * Dv + C * Dk, S, 2 * C * S)  # P^T K
-        op(S, S, S)
-        op(2 * S, S, S)
-    op(T * Dv, T * Dv, 0, 2)  # concatenation, dtype of v
+    groups = -(-chunks // delta.GROUP)
+
+    def joint(read, written, flops=0, times=1):
+        """Once for all chunks of a group; elements of one chunk."""
+        op(chunks * read, chunks * written, chunks * flops, times)
+        total[3] += (groups - 1) * times
+
+    def chain(read, written, flops=0):
+        """Once a chunk."""
+        op(read, written, flops, chunks)
+
+    V, K = C * Dv, C * Dk
+    joint(2 * K + V, 2 * K + V, 0, 2)  # to float32, heads first
+    total[0] -= n * chunks * (2 * K + V) * (4 - item)
+    joint(CC, CC, CC, 4)  # segments: where, cumsum, exp, tri
+    joint(C, C, C, 2)  # since the start
+    joint(2 * K, K, K)  # beta K
+    joint(2 * K, CC, 2 * CC * Dk, 2)  # the two Gram matrices
+    joint(2 * CC, CC, CC, 3)  # decays, mask
+    joint(2 * CC, CC, CC, 2)  # the first merge
+    joint(2 * CC, CC, 2 * CC * C, 2 * (levels - 1))
+    joint(2 * CC, CC, CC, 2 * (levels - 1))
+    joint(2 * K, K, K, 2)  # beta D K, and K to the chunk's end
+    joint(V, V, V)  # beta V
+    chain(K + S, V, 2 * C * S)  # K S^T
+    chain(2 * V, V, V)
+    chain(CC + V, V, 2 * CC * Dv)  # P
+    chain(S, S, S)
+    chain(V + K, S, 2 * C * S)  # P^T K
+    chain(2 * S, S, S)
+    joint(S + V, S + V, 0, 2)  # states and P of the group side by side
+    joint(K + S, V, 2 * C * S)  # Q S^T
+    joint(CC + V, V, 2 * CC * Dv)  # its other part of O
+    joint(2 * V, V, V, 2)
+    joint(V, V, 0, 2)  # tokens first, dtype of v
     return Cost(total[0], total[1], total[2], 0, total[3])
