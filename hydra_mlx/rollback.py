@@ -140,6 +140,20 @@ def common_prefix(tokens: Sequence, cached_tokens: Sequence) -> int:
     return int(different[0]) if different.size else n
 
 
+def keepable(checkpoints: Checkpoints, old_tokens: Sequence, new_tokens: Sequence) -> int:
+    """What reuse would keep, changing nothing. Of several sequences take the one that keeps most.
+
+    Raises:
+        UsageError: old_tokens are fewer than the checkpoints go to.
+    """
+    end = checkpoints.calls.end
+    if len(old_tokens) < end:
+        raise UsageError(f"{len(old_tokens)} token ids, but the checkpoints go to {end}.")
+    wanted = min(common_prefix(new_tokens, old_tokens[:end]), max(len(new_tokens) - 1, 0))
+    point = checkpoints.nearest(wanted)
+    return 0 if point is None else point.position
+
+
 def reuse(
     model: Any, cache: list, checkpoints: Checkpoints, old_tokens: Sequence, new_tokens: Sequence
 ) -> int:
@@ -157,14 +171,7 @@ def reuse(
     Raises:
         UsageError, CacheError: As rollback.
     """
-    end = checkpoints.calls.end
-    shared = common_prefix(new_tokens, old_tokens[:end])
-    if len(old_tokens) < end:
-        raise UsageError(f"{len(old_tokens)} token ids, but the checkpoints go to {end}.")
-    wanted = min(shared, max(len(new_tokens) - 1, 0))
-    if wanted < end:
-        point = checkpoints.nearest(wanted)
-        wanted = 0 if point is None else point.position
+    wanted = keepable(checkpoints, old_tokens, new_tokens)
     rollback(model, cache, checkpoints, old_tokens, wanted)
     return wanted
 

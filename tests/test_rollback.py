@@ -3,14 +3,17 @@
 import random
 
 import hydra_mlx  # noqa: F401  (before mlx)
+from hydra_mlx.cache import quantise_cache
 from hydra_mlx.checkpoints import Checkpoints
 from hydra_mlx.errors import CacheError, UsageError
-from hydra_mlx.rollback import append, common_prefix, reuse, rollback
+from hydra_mlx.kernels import dispatch
+from hydra_mlx.rollback import append, common_prefix, keepable, reuse, rollback
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import BatchKVCache
 
+from .metal_host.testing import needs_metal_host
 from .sequences import (
     BITS,
     VARIANTS,
@@ -23,6 +26,7 @@ from .sequences import (
     some,
     start,
 )
+from .test_model_kernels import Counting, make_model
 from .tolerance import LOGITS_FLOAT32
 
 
@@ -49,7 +53,9 @@ def operate(run: Run, rng: random.Random) -> Run | None:
         return run.fork()
     else:
         changed = tokens[: rng.randint(0, len(tokens))] + new
+        expected = keepable(run.points, tokens, changed)
         kept = reuse(model_of(run.name), run.cache, run.points, tokens, changed)
+        assert kept == expected
         assert kept < len(changed) and changed[:kept] == tokens[:kept]
         run.cut(kept)
         run.append(changed[kept:], 8)
@@ -246,3 +252,25 @@ def _read(name: str, tokens: list) -> list:
     cache = new_cache(name)
     model_of(name)(mx.array([tokens]), cache=cache)
     return cache
+
+
+@needs_metal_host
+@pytest.mark.parametrize("bits", [None, 8])
+def test_the_kernels_path_is_exact_too(bits):
+    """The kernels' text, executed by the host runtime, decodes and replays to the same bits."""
+    model, counting = make_model(), Counting()
+    caches = [model.make_cache(), model.make_cache()]
+    if bits:
+        caches = [quantise_cache(c, bits, 32) for c in caches]
+    cache, fresh = caches
+    points, tokens = Checkpoints(every=8, most=4), some(22)
+    with dispatch.substitute(counting.backend):
+        append(model, cache, points, tokens[:16])
+        for t in tokens[16:]:
+            append(model, cache, points, [t])
+        assert rollback(model, cache, points, tokens, 19) == 3
+        counted = sum(counting.launches.values())
+        for call in (tokens[:8], tokens[8:16], *([t] for t in tokens[16:19])):
+            model(mx.array([call]), cache=fresh)
+        assert sum(counting.launches.values()) > counted > 0
+    assert difference(cache, fresh) == 0
