@@ -71,7 +71,8 @@ class Checkpoints:
         self.calls = Calls()
         self.furthest = 0
         self._held = []  # by position
-        self._latest = ()  # slots after the last note, as they are: a step may be undone for free
+        # Slots after the last note, to undo a step for free; None while a rollback is under way.
+        self._latest: tuple | None = ()
 
     @classmethod
     def within(
@@ -113,7 +114,7 @@ class Checkpoints:
     @property
     def nbytes(self) -> int:
         """Bytes of all kept arrays, those shared with a fork or the live cache included."""
-        latest = sum(x.nbytes for pair in self._latest for x in pair if x is not None)
+        latest = sum(x.nbytes for pair in self._latest or () for x in pair if x is not None)
         return latest + sum(c.nbytes for c in self._held)
 
     def note(self, cache: list, mark: bool = False):
@@ -164,7 +165,7 @@ class Checkpoints:
 
     def nearest(self, position: int) -> Checkpoint | None:
         """The last one at or before a position; None for the empty cache at 0."""
-        if 0 < position == self.calls.end:
+        if 0 < position == self.calls.end and self._latest is not None:
             return Checkpoint(position, None, False, self._latest)
         i = bisect_right(self.positions, position)
         return self._held[i - 1] if i else None
@@ -173,11 +174,13 @@ class Checkpoints:
         """Forget what came after a position."""
         self._held = self._held[: bisect_right(self.positions, position)]
         if position < self.calls.end:
-            self._latest = ()
+            self._latest = None
             self.calls.cut(position)
 
     def moved(self, cache: list) -> tuple:
         """Whether any slot of a cache, and whether every one, is not that of the last note."""
+        if self._latest is None:
+            return True, False
         pairs = zip(slots_of(cache), self._latest, strict=True)
         moved = [a is not b for now, then in pairs for a, b in zip(now, then, strict=True)]
         return any(moved), bool(moved) and all(moved)

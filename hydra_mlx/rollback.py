@@ -117,13 +117,13 @@ def rollback(
             return 0
     point = checkpoints.nearest(position)
     start = 0 if point is None else point.position
-    _restore(cache, point, start)
     if exact:
         plan = list(checkpoints.calls.between(start, position))
     else:
         N = checkpoints.grid.every
         plan = [(a, min(a + N, position)) for a in range(start, position, N)]
-    checkpoints.cut(start)
+    checkpoints.cut(start)  # first: whatever breaks off what follows, a rollback can mend it
+    _restore(cache, point, start)
     ids = _ids(tokens[start:position])
     for a, b in plan:
         _forward(model, cache, ids[a - start : b - start])

@@ -205,6 +205,23 @@ def test_a_call_broken_off_is_undone():
         run.check()
 
 
+def test_a_rollback_broken_off_is_mended(monkeypatch):
+    from hydra_mlx import rollback as module
+
+    run = start("one of each", every=16, most=4)
+    run.append(some(45), 5)
+    for broken in ("_forward", "_restore"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, broken, lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                rollback(model_of(run.name), run.cache, run.points, run.tokens, 37)
+        assert run.points.calls.end == 32
+        run.cut(32)
+        run.back(32)
+        run.check()
+        run.append(some(13, 2), 5)
+
+
 def test_what_cannot_be_done():
     model, tokens = model_of("mixed"), some(20)
     run = start("mixed", every=16, most=4)
