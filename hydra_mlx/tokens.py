@@ -79,7 +79,7 @@ def read_documents(paths: Sequence, vocab: int, tokenizer: Callable | None) -> D
     start = [np.cumsum(n) - n for n in lengths]
     docs = Documents(parts, part, np.concatenate(start), np.concatenate(lengths))
     if docs.total < 2:
-        raise UsageError("There are no tokens in the text.")
+        raise UsageError("There are no tokens in the text.", "Give files or folders with more.")
     return docs
 
 
@@ -175,7 +175,8 @@ class Batches:
         self.windows = (documents.total - 1) // width
         if self.windows < 1:
             raise UsageError(
-                f"The text has {documents.total:,} tokens, one sequence needs {width + 1:,}."
+                f"The text has {documents.total:,} tokens, one sequence needs {width + 1:,}.",
+                "Give more text or a smaller --length.",
             )
         self._epoch = -1
 

@@ -8,7 +8,7 @@ import sys
 import time
 
 import hydra_mlx  # noqa: F401  (before mlx: it chooses the BLAS library)
-from hydra_mlx import haystack, heatmap, knockout, probes, scoring
+from hydra_mlx import haystack, heatmap, knockout, probes, score_file, scoring
 from hydra_mlx.errors import UsageError
 from hydra_mlx.journal import Journal
 from hydra_mlx.loading import load_tokenizer
@@ -158,10 +158,10 @@ def test_fusion_by_hand():
     assert np.allclose(single["score"], [[1, 0.5], [0, 0.5]])
     assert np.allclose(f["capabilities"]["multi"]["score"], [[1, 0], [0, 0.5]])
     assert np.allclose(f["score"], [[1, 0.25], [0, 0.5]])
-    assert scoring.ranking(f["score"], f["raw"]) == [[0, 0], [1, 1], [0, 1], [1, 0]]
+    assert score_file.ranking(f["score"], f["raw"]) == [[0, 0], [1, 1], [0, 1], [1, 0]]
     tied = np.array([[0.5, 0.5], [0.5, 0.0]])
     raw = np.array([[0.1, 0.1], [0.2, 0.0]])
-    assert scoring.ranking(tied, raw) == [[1, 0], [0, 0], [0, 1], [1, 1]]
+    assert score_file.ranking(tied, raw) == [[1, 0], [0, 0], [0, 1], [1, 1]]
 
 
 def test_promotion_by_hand():
@@ -224,7 +224,7 @@ def test_program(program, base, tmp_path):
         pictures = []
     args = ["score", base, "--out", out, *FLAGS]
     code, text, err = program(*args, "--validate", "--validate-texts", 1, *pictures, model=False)
-    assert code == 0 and "best heads" in text and "\x1b" not in text and "Wrote" in err
+    assert code == 0 and "best heads" in text and "\x1b" not in text and "wrote" in err
     data = json.loads(out.read_text())
     assert np.array(data["score"]).shape == (2, 4) and len(data["ranking"]) == 8
     assert data["model"]["layers"] == 2 and len(data["model"]["sha256"]) == 64
