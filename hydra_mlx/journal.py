@@ -73,7 +73,7 @@ class Journal:
     def __exit__(self, kind: Any, error: Any, trace: Any):
         self.close()
         if kind is KeyboardInterrupt and self.path.exists():
-            goes_on = f"Interrupted; the same command goes on from {self.path}."
+            goes_on = f"Interrupted; the same command without --overwrite goes on from {self.path}."
             raise KeyboardInterrupt(goes_on) from None
 
     def close(self):

@@ -91,7 +91,8 @@ def _files(path: Path) -> list:
         if not found:
             raise UsageError(
                 f"{path} holds neither packed tokens ({', '.join(PACKED)}) nor text "
-                f"({', '.join(TEXT)})."
+                f"({', '.join(TEXT)}).",
+                "Give another folder, or the files by name.",
             )
         return found
     if not path.is_file():

@@ -9,7 +9,6 @@ when the stage is done, in the layout that `hydra-mlx convert` reads.
 """
 
 import argparse
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +171,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         windows = batches.take(0, min(batches.windows, max(1, args.eval_tokens // width)))
     if args.eval_needle:
         needles = Needles(tuple(args.eval_needle), args.needles, recipe.seed, tokenizer())
+        needles.check()
     rhythm = Rhythm(args.log_every, args.save_every, args.eval_every, windows, needles)
     return Plan(recipe, source, teacher, documents, rhythm)
 
@@ -213,12 +213,10 @@ def run_stage(args: argparse.Namespace, plan: Plan, stop) -> bool:
 
     out, recipe = Path(args.out).expanduser(), plan.recipe
     folder = out.with_name(f"{out.name}.run")
-    if args.restart:
-        shutil.rmtree(folder, ignore_errors=True)
     inputs = {"student": fingerprint(plan.source.path), "text": plan.documents.fingerprint()}
     if plan.teacher is not None:
         inputs["teacher"] = fingerprint(plan.teacher.path)
-    run = Run(folder, recipe, inputs, args.keep)
+    run = Run(folder, recipe, inputs, args.keep, args.restart)
     weights = read_weights(plan.source)
     teacher = None if plan.teacher is None else load_teacher(plan.teacher, recipe.dtype)
     trainer = Trainer(

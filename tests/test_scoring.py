@@ -287,6 +287,15 @@ def test_wrong_flags(program, base, tmp_path, flags, words):
     assert code == 2 and words in err and not text and len(err.strip().splitlines()) <= 2
 
 
+def test_one_file_for_two_things_and_a_model_that_fails(program, base, tmp_path):
+    out = tmp_path / "x.json"
+    code, _, err = program("score", base, "--out", out, "--png", out, model=False)
+    assert code == 2 and ("same file" in err or "matplotlib" in err)
+    flags = [*FLAGS[:-1], "1e9", "--out", out]
+    code, _, err = program("score", base, *flags, model=False)
+    assert code == 2 and "none of" in err and not list(tmp_path.iterdir())
+
+
 def test_wrong_models(program, tiny_model_dir, tmp_path):
     out = ["--out", tmp_path / "x.json"]
     code, _, err = program("score", tiny_model_dir, *out, model=False)

@@ -1,6 +1,7 @@
 """hydra-mlx transfer: the program, resuming after kill -9, and the way from scores to an answer."""
 
 import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -220,6 +221,15 @@ def test_another_recipe_does_not_continue(world, tmp_path, capsys):
     transfer(world, "long", tmp_path / "o", overwrite=True, lr=1e-4, restart=True)
 
 
+def test_two_runs_at_once(world, tmp_path, capsys):
+    (tmp_path / "o.run").mkdir()
+    with (tmp_path / "o.run" / ".lock").open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        transfer(world, "long", tmp_path / "o", 2)
+    assert "Another run" in capsys.readouterr().err
+    transfer(world, "long", tmp_path / "o")
+
+
 def test_a_damaged_state_is_refused(world, tmp_path, capsys):
     transfer(world, "long", tmp_path / "o")
     state = tmp_path / "o.run" / "step-00000012" / "state.safetensors"
@@ -307,7 +317,7 @@ def test_needles_are_evaluated_by_hydra_mlx_needles(world, tmp_path, monkeypatch
         NeedleSettings=SimpleNamespace, evaluate=evaluate, accuracy=lambda cells, keys, n: n / 100
     )
     monkeypatch.setattr(training_evaluate, "needles", fake)
-    transfer(world, "long", tmp_path / "o", **{"eval-needle": 64, "needles": 3, "seed": 7})
+    transfer(world, "long", tmp_path / "o", **{"eval-needle": 400, "needles": 3, "seed": 7})
     rows = [r for r in read_log(tmp_path / "o.run" / "losses.jsonl") if "eval" in r]
-    assert [r["eval"] for r in rows] == [{"needle_64": 0.64}] * 2
-    assert asked == [((64,), 3, 7, (1, 7, 260))] * 2
+    assert [r["eval"] for r in rows] == [{"needle_400": 4.0}] * 2
+    assert asked == [((400,), 3, 7, (1, 7, 260))] * 2

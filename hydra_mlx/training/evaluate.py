@@ -4,6 +4,7 @@ Axes: N windows, T tokens of a window.
 """
 
 import math
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from .. import needles
 from ..model import Model
+from ..probes import make_needle
 from .losses import hidden_states, output_matrix, position_losses
 
 
@@ -28,6 +30,15 @@ class Needles:
     trials: int
     seed: int
     tokenizer: Any
+
+    def check(self):
+        """Make a text of each length; asked before the training.
+
+        Raises:
+            UsageError: A length is too short for the question.
+        """
+        for length in self.lengths:
+            make_needle(self.tokenizer, random.Random(0), length, 0.5)
 
     def accuracy(self, model: Model, length: int) -> float:
         """Share of single-key needles found over all depths."""

@@ -8,6 +8,7 @@ Nothing is drawn at random while training but the order of the text, which follo
 and the step; so these are the whole state.
 """
 
+import fcntl
 import json
 import shutil
 import tempfile
@@ -30,24 +31,36 @@ class Run:
 
     Args:
         folder: Made if absent. recipe: Of the stage. inputs: {name: fingerprint} of student,
-            teacher and text. keep: States to keep.
+            teacher and text. keep: States to keep. restart: Forget what the folder holds.
 
     Raises:
-        UsageError: The folder belongs to a run with another recipe or other inputs.
+        UsageError: The folder belongs to a run with another recipe or other inputs, or another
+            process is at it.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, inputs: dict, keep: int):
+    def __init__(
+        self, folder: Path, recipe: Recipe, inputs: dict, keep: int, restart: bool = False
+    ):
         self.folder, self.keep = folder, keep
         mine = {**asdict(recipe), **inputs}
         path = folder / "recipe.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / ".lock").open("w")  # let go when the process ends
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if restart:
+                path.unlink(missing_ok=True)
+                (folder / LOG).unlink(missing_ok=True)
+                for state in self.states():
+                    shutil.rmtree(state)
             for partial in folder.glob(".partial-*"):
                 shutil.rmtree(partial, ignore_errors=True)
             if path.is_file():
                 _require_same(path, mine)
             else:
                 write_json(path, mine)
+        except BlockingIOError:
+            raise UsageError(f"Another run is writing {folder}.", "Wait for it to end.") from None
         except OSError as e:
             raise UsageError(
                 f"{folder} cannot be written ({e.strerror or e}).", "Choose another --out."
