@@ -7,6 +7,7 @@ stdout went away. Importing this loads nothing heavy.
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -58,7 +59,7 @@ def number(kind: Callable, low: float, high: float = float("inf"), what: str = "
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high:
+        if value is None or not low <= value <= high or value == float("inf"):
             noun = "a whole number" if kind is int else "a number"
             limit = f"of {low} or more" if high == float("inf") else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what or f'{noun} {limit}'}")
@@ -82,6 +83,23 @@ def parser(command: str, about: str, epilog: str | None = None) -> Parser:
     return Parser(f"{PROG} {command}", about, epilog)
 
 
+def add_common(p: argparse.ArgumentParser):
+    """The flags that every program has which does something to files."""
+    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    p.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
+def add_haystack(p: argparse.ArgumentParser):
+    """--haystack FILE of the programs that hide facts in text."""
+    p.add_argument(
+        "--haystack",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="text around the facts, instead of made sentences; repeatable",
+    )
+
+
 def run(parser: Parser, work: Callable, argv: Sequence | None = None) -> int:
     """Parse, call work(args) -> exit code, and turn errors into lines; see guard."""
     return guard(lambda: work(parser.parse_args(argv)), wants_debug(argv))
@@ -103,8 +121,8 @@ def guard(body: Callable[[], int], debug: bool = False) -> int:
     except BrokenPipeError:
         silence_stdout()
         return BROKEN_PIPE
-    except KeyboardInterrupt:
-        say("Interrupted.")
+    except KeyboardInterrupt as e:
+        say(str(e) or "Interrupted.")
         return INTERRUPTED
     except HydraError as e:
         if debug:
@@ -165,13 +183,18 @@ def check_target(path: Path):
     """Whether a file can be put there; asked before hours of work.
 
     Raises:
-        UsageError: There is no such folder, or the name is a folder.
+        UsageError: There is no such folder, it cannot be written to, or the name is a folder.
     """
     path = path.expanduser()
     if not path.parent.is_dir():
-        raise UsageError(f"{path.parent} is not a folder; {path.name} cannot be written there.")
+        raise UsageError(
+            f"{path.parent} is not a folder; {path.name} cannot be written there.",
+            f"Make it first: mkdir -p {shlex.quote(str(path.parent))}",
+        )
     if path.is_dir():
         raise UsageError(f"{path} is a folder, expected the name of a file.")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"{path.parent} cannot be written to.", "Choose another folder.")
 
 
 class Meter:

@@ -80,8 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="largest output file, also the memory held for it (default: 2GB)",
     )
-    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    p.add_argument("--debug", action="store_true", help="show tracebacks")
+    cli.add_common(p)
     return p
 
 

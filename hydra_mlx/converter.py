@@ -4,15 +4,11 @@ Memory: one layer and one output shard. Everything is written into a hidden fold
 target, which is renamed at the end; a killed conversion leaves the target as it was.
 """
 
-import fcntl
-import glob
 import json
 import math
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +29,8 @@ from .quantise import QuantPlan, quantise_matrix
 from .registry import SHIM, SHIM_NAME
 from .shards import ShardWriter
 from .sources import TOKEN_KEYS, Source, blank
+from .target import check_target, locked, put_in_place, real_path, recover
 from .tensors import Packed, to_float
-from .text import first_line
 
 GIB = 1 << 30
 GATES = {"ab_proj", "a_proj", "b_proj"}  # float16 has too few digits near gate 1
@@ -293,18 +289,14 @@ def run(
         UsageError: The target exists and overwrite is false, or there is no room.
         CheckpointError: The source is damaged.
     """
-    # Links, "." and ".." first: the name beside which everything happens must be a real one.
-    try:
-        target = target.resolve()
-    except (OSError, RuntimeError, ValueError) as e:  # a link to itself, a NUL
-        raise UsageError(f"{str(target)!r} cannot be written to ({first_line(e)}).") from None
-    with _locked(target):
+    target = real_path(target)
+    with locked(target):
         return _run(job, target, overwrite, progress, check)
 
 
 def _run(job: Job, target: Path, overwrite: bool, progress, check) -> Path:
     recover(target)
-    _check_target(job, target, overwrite)
+    check_target(job.source.path, target, overwrite)
     require_room(plan(job, target))
     try:
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
@@ -321,81 +313,7 @@ def _run(job: Job, target: Path, overwrite: bool, progress, check) -> Path:
             check(partial)
         sync_folder(partial)
         partial.chmod(0o755)
-        _put_in_place(partial, target)
+        put_in_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def _check_target(job: Job, target: Path, overwrite: bool):
-    """Refuse a target that must not be written to or, with --overwrite, deleted."""
-    source = job.source.path.resolve()
-    if target == source:
-        raise UsageError("Source and target are the same; choose another target.")
-    if not target.exists():
-        return
-    if target in source.parents:
-        raise UsageError(f"The source lies inside {target}; choose another target.")
-    if not overwrite:
-        raise UsageError(f"{target} exists already.", "Choose another target, or add --overwrite.")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / "config.json").is_file()):
-        raise UsageError(f"{target} is not a model folder; --overwrite does not delete it.")
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Keep a second conversion away from the same target; the lock dies with its process."""
-    path = target.parent / f".{target.name}.lock"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as e:
-        raise UsageError(f"Cannot write beside {target}: {e.strerror or e}.") from None
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # One that ended since we opened the file has unlinked it: then it guards nothing.
-            if os.fstat(fd).st_ino != path.stat().st_ino:
-                raise OSError
-        except OSError:
-            raise UsageError(f"Another conversion to {target} is running.") from None
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(fd)
-
-
-def _old(target: Path) -> Path:
-    return target.parent / f".{target.name}.replaced"
-
-
-def recover(target: Path):
-    """After a kill between the two renames of an overwrite: give the old model its name back;
-    and sweep up what killed conversions left."""
-    old = _old(target)
-    if old.exists():
-        if target.exists():
-            _discard(old, target)
-        else:
-            old.rename(target)
-    for partial in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _discard(old: Path, target: Path):
-    """Delete a replaced model, under a name that `recover` never gives back: a kill may leave
-    half of it."""
-    doomed = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    old.rename(doomed / "old")
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _put_in_place(partial: Path, target: Path):
-    if target.exists():
-        target.rename(_old(target))
-        partial.rename(target)
-        _discard(_old(target), target)
-    else:
-        partial.rename(target)

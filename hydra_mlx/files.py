@@ -1,7 +1,12 @@
-"""Making what was written last."""
+"""Reading JSON that a person gave, and writing files whole or not at all."""
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, UsageError
 
 
 def sync_folder(folder: Path, files: bool = True):
@@ -12,3 +17,44 @@ def sync_folder(folder: Path, files: bool = True):
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def read_json(path: Path, what: str, hint: str) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        what: What the file is, as the errors call it. hint: Where such a file comes from.
+
+    Raises:
+        UsageError: It cannot be read. ConfigError: It is not JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as e:
+        why = e.strerror or type(e).__name__
+        raise UsageError(f"{what} {path} cannot be read ({why}).", hint) from None
+    except (ValueError, RecursionError):
+        raise ConfigError(f"{what} {path} is not valid JSON.", hint) from None
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]):
+    """Have `write` fill a file beside `path`, then give it that name.
+
+    Raises:
+        UsageError: It cannot be written; what was there before still is.
+    """
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except OSError as e:
+        raise UsageError(f"{path} cannot be written ({e.strerror or e}).") from None
+
+
+def write_json(path: Path, value: Any):
+    """Write a JSON file whole or not at all.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
+    write_whole(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n", "utf-8"))

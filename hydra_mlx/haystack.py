@@ -3,6 +3,7 @@
 Everything here depends on the random.Random that is passed in and on nothing else.
 """
 
+import hashlib
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -97,8 +98,15 @@ def file_sentences(files: Sequence) -> list:
     text = " ".join(texts)
     found = [s for s in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if s]
     if not found:
-        raise UsageError("The haystack files hold no text.")
+        raise UsageError(
+            "The haystack files hold no text.", "Leave --haystack out, or give others."
+        )
     return found
+
+
+def digest(source: Sequence | None) -> str | None:
+    """SHA-256 of sentences from files, hex; None for made ones."""
+    return hashlib.sha256("\n".join(source).encode()).hexdigest() if source else None
 
 
 def sentences(rng: random.Random, source: Sequence | None = None) -> Iterator[str]:

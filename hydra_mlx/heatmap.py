@@ -1,11 +1,13 @@
 """Pictures of tables of numbers: coloured text for terminals, PNG with matplotlib."""
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import UsageError
+from .files import write_whole
 
 RAMP = (16, 17, 18, 54, 90, 126, 162, 203, 209, 215, 221, 229)  # of 256 colours, dark to light
 
@@ -55,19 +57,17 @@ def figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def require_matplotlib():
+def require_matplotlib(flag: str = "--png"):
     """Fail early, before hours of work, where no picture can be drawn.
 
     Raises:
         UsageError: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("matplotlib") is None:
         raise UsageError(
             "A PNG needs matplotlib, which is not installed.",
-            'Run `pip install "hydra_mlx[bench]"`, or leave --png out.',
-        ) from None
+            f'Run `pip install "hydra_mlx[bench]"`, or leave {flag} out.',
+        )
 
 
 def save(fig: Any, path: Path):
@@ -76,12 +76,7 @@ def save(fig: Any, path: Path):
     Raises:
         UsageError: It cannot be written.
     """
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        fig.savefig(beside, format="png", dpi=120)
-        os.replace(beside, path)
-    except OSError as e:
-        raise UsageError(f"{path} cannot be written ({e.strerror or e}).") from None
+    write_whole(path, lambda beside: fig.savefig(beside, format="png", dpi=120))
 
 
 def png_map(

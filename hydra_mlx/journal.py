@@ -8,6 +8,7 @@ from typing import Any
 
 from . import __version__
 from .errors import UsageError
+from .files import write_json
 
 
 class Journal:
@@ -15,6 +16,7 @@ class Journal:
 
     Args:
         path: Made if absent; otherwise its lines are taken over, a half-written last one dropped.
+            In a `with` block Ctrl-C says that it can be gone on with.
         header: Must equal that of an existing file.
 
     Raises:
@@ -65,9 +67,23 @@ class Journal:
         self._write([key, value])
         self.values[key] = value
 
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any):
+        self.close()
+        if kind is KeyboardInterrupt and self.path.exists():
+            goes_on = f"Interrupted; the same command without --overwrite goes on from {self.path}."
+            raise KeyboardInterrupt(goes_on) from None
+
     def close(self):
         """Close the file and leave it."""
         self._file.close()
+
+    def discard(self):
+        """Close the file and remove it: what it holds leads nowhere."""
+        self.close()
+        self.path.unlink(missing_ok=True)
 
     def finish(self, target: Path, result: dict):
         """Write the result beside `target`, give it that name, then remove the journal.
@@ -77,21 +93,16 @@ class Journal:
         """
         self.close()
         write_json(target, result)
-        self.path.unlink(missing_ok=True)
+        self.discard()
 
 
-def write_json(target: Path, result: dict):
-    """Write a JSON file whole or not at all.
-
-    Raises:
-        UsageError: It cannot be written.
-    """
-    beside = target.with_name(f".{target.name}.writing")
-    try:
-        beside.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-        os.replace(beside, target)
-    except OSError as e:
-        raise UsageError(f"{target} cannot be written ({e.strerror}).") from None
+def partial_path(target: Path, forget: bool) -> Path:
+    """Where the journal of a result file is; with `forget` both are removed first."""
+    partial = target.with_name(target.name + ".partial")
+    if forget:
+        target.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+    return partial
 
 
 def versions() -> dict:

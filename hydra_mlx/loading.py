@@ -53,7 +53,10 @@ def read_config(folder: Path) -> dict:
     try:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{folder} has no config.json; it is not a model folder.") from None
+        raise ConfigError(
+            f"{folder} has no config.json; it is not a model folder.",
+            "Give the folder that holds config.json and the weights.",
+        ) from None
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path} cannot be read ({type(e).__name__}).") from None
     except (ValueError, RecursionError) as e:

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from . import cli
 from .errors import UsageError
@@ -22,6 +23,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("base", help="Llama, Mistral or Qwen3: a folder, a hub id, or a .gguf file")
     p.add_argument("--out", metavar="DIR", required=True, help="folder to write")
     p.add_argument("--scores", metavar="FILE", help="of `hydra-mlx score`")
+    p.add_argument(
+        "--foreign-scores",
+        action="store_true",
+        help="take scores of other weights too, such as a quantised copy's or a fine-tune's",
+    )
     p.add_argument(
         "--select",
         choices=("scores", "fixed", "random"),
@@ -61,8 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the base's)")
     p.add_argument("--revision", help="branch, tag or commit of a hub id")
     p.add_argument("--overwrite", action="store_true", help="replace an existing target")
-    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    p.add_argument("--debug", action="store_true", help="show tracebacks")
+    cli.add_common(p)
     return p
 
 
@@ -86,22 +91,35 @@ def config_keys(items: list) -> dict:
     return out
 
 
-def choose(args: argparse.Namespace, layers: int, heads: int) -> list:
+def choose(args: argparse.Namespace, base: Any) -> list:
     """The full-attention heads that the flags ask for, L sorted lists.
+
+    Args:
+        base: The opened base model.
 
     Raises:
         HydraError: Flags or a scores file that do not fit.
     """
-    from .selection import count_heads, default_floor, parse_ratio, read_scores, select_heads
+    from .manifest import model_hash
+    from .score_file import read_scores
+    from .selection import count_heads, default_floor, parse_ratio, select_heads
 
+    layers, heads = base.args.num_hidden_layers, base.args.num_attention_heads
     if args.select != "scores" and args.scores:
         raise UsageError(f"--scores has no effect with --select {args.select}.")
+    if args.foreign_scores and not args.scores:
+        raise UsageError("--foreign-scores has no effect without --scores FILE.")
     share = parse_ratio(args.ratio)
     floor = default_floor(share) if args.floor is None else args.floor
     count = count_heads(share, layers, heads, floor)
     scores = None
     if args.scores:
         scores = read_scores(Path(args.scores).expanduser(), layers, heads)
+        if scores.sha256 != model_hash(base.path) and not args.foreign_scores:
+            raise UsageError(
+                f"{args.scores} has scores of other weights than {args.base}.",
+                "Score this model, or add --foreign-scores to take them all the same.",
+            )
     return select_heads(args.select, layers, heads, count, floor, args.seed, scores)
 
 
@@ -137,6 +155,7 @@ def make_job(args: argparse.Namespace, progress=lambda label, done, total: None)
     from .converter import Job
     from .loading import DTYPES
     from .sources import open_source
+    from .target import check_target, real_path
     from .teacher import open_base
 
     if args.dtype is not None and args.dtype not in DTYPES:
@@ -150,7 +169,8 @@ def make_job(args: argparse.Namespace, progress=lambda label, done, total: None)
         if "fusion_norm" in keys and keys["fusion_norm"] is None:
             raise UsageError("--gamma rms restores a scale that fusion_norm=null never removes.")
     base = open_base(resolve_source(args.base, args.revision))
-    heads = choose(args, base.args.num_hidden_layers, base.args.num_attention_heads)
+    check_target(base.path, real_path(Path(args.out)), args.overwrite)
+    heads = choose(args, base)
     head_map = {"full_attention_heads": heads, **keys}
     source = open_source(base.path, head_map)
     gamma = measure_gamma(args, base, progress) if args.gamma == "rms" else None
@@ -176,12 +196,13 @@ def describe(job, args: argparse.Namespace) -> list:
 def work(args: argparse.Namespace) -> int:
     """Do what the flags say; returns the exit code."""
     from .converter import run
+    from .selection import write_heads
 
     with cli.progress("measuring", enabled=not args.quiet) as bar:
         job, head_map = make_job(args, bar)
 
     def add_map(folder: Path):
-        (folder / "heads.json").write_text(json.dumps(head_map) + "\n", "utf-8")
+        write_heads(folder, head_map)
 
     with cli.progress("migrating", enabled=not args.quiet) as bar:
         target = run(job, Path(args.out).expanduser(), args.overwrite, bar, add_map)

@@ -5,7 +5,7 @@ hydra-mlx needle MODEL --keys 1,4 --haystack book.txt --seed 7
 """
 
 import argparse
-import hashlib
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -88,13 +88,7 @@ def build_parser() -> cli.Parser:
         help="of the number (default: 7)",
     )
     p.add_argument("--seed", type=int, default=0, help="of the texts (default: 0)")
-    p.add_argument(
-        "--haystack",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="text around the facts, instead of made sentences; repeatable",
-    )
+    cli.add_haystack(p)
     p.add_argument("--chat", action="store_true", help="use the tokenizer's chat template")
     p.add_argument("--out", metavar="FILE", help="write the result as JSON")
     p.add_argument("--png", metavar="FILE", help="draw a heat map for each number of keys")
@@ -105,8 +99,7 @@ def build_parser() -> cli.Parser:
         help="of unquantised weights; auto keeps them, except float32 on a CPU",
     )
     p.add_argument("--overwrite", action="store_true", help="replace the file of --out")
-    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    p.add_argument("--debug", action="store_true", help="show tracebacks")
+    cli.add_common(p)
     return p
 
 
@@ -123,6 +116,8 @@ def check_files(args: argparse.Namespace):
     for name in (args.out, args.png):
         if name is not None:
             cli.check_target(Path(name))
+    if args.out is not None and args.out == args.png:
+        raise UsageError("--png and --out name the same file.", "Choose another --png.")
     if args.out is not None and Path(args.out).expanduser().exists() and not args.overwrite:
         raise UsageError(f"{args.out} is there already.", "Choose another --out, or --overwrite.")
 
@@ -131,7 +126,7 @@ def work(args: argparse.Namespace) -> int:
     """Do what the flags say; returns the exit code."""
     check_files(args)
     from . import haystack, loading, stats
-    from .journal import Journal, versions
+    from .journal import Journal, partial_path, versions
     from .manifest import model_hash, model_name
 
     note: Callable = (lambda line: None) if args.quiet else cli.say
@@ -139,14 +134,15 @@ def work(args: argparse.Namespace) -> int:
     path = loading.resolve_path(args.model)
     model, tokenizer = loading.load(path, args.dtype)
     if args.chat and not getattr(tokenizer, "chat_template", None):
-        raise UsageError("--chat is given, but the tokenizer has no chat template.")
+        raise UsageError(
+            "--chat is given, but the tokenizer has no chat template.", "Leave --chat out."
+        )
     settings = NeedleSettings(
         args.lengths, args.depths, args.keys, args.trials, args.digits, args.seed, args.chat
     )
     limit = loading.read_config(path).get("max_position_embeddings")
     if isinstance(limit, int) and max(args.lengths) > limit:
         note(f"This model is made for {limit:,} tokens; longer texts are asked all the same.")
-    text = "\n".join(source or ())
     head = {
         "format": FORMAT,
         "format_version": 1,
@@ -157,27 +153,25 @@ def work(args: argparse.Namespace) -> int:
         },
         "settings": {
             **asdict(settings),
-            "haystack_sha256": hashlib.sha256(text.encode()).hexdigest() if source else None,
+            "haystack_sha256": haystack.digest(source),
         },
         "versions": versions(),
         "device": stats.backend()[0],
     }
     out = None if args.out is None else Path(args.out).expanduser()
-    journal = None
-    if out is not None:
-        partial = out.with_name(out.name + ".partial")
-        if args.overwrite:
-            out.unlink(missing_ok=True)
-            partial.unlink(missing_ok=True)
-        journal = Journal(partial, head)
-    with cli.Meter("needle", args.quiet) as meter:
-        cells = evaluate(model, tokenizer, settings, source, journal, meter)
-    if journal is not None:
-        shares = {
-            str(k): {str(n): accuracy(cells, k, n) for n in settings.lengths} for k in settings.keys
-        }
-        journal.finish(out, {**head, "accuracy": shares, "cells": cells})
-        note(f"Wrote {out}.")
+    with contextlib.ExitStack() as stack:
+        kept = None
+        if out is not None:
+            kept = stack.enter_context(Journal(partial_path(out, args.overwrite), head))
+        meter = stack.enter_context(cli.Meter("needle", args.quiet))
+        cells = evaluate(model, tokenizer, settings, source, kept, meter)
+        if kept is not None:
+            shares = {
+                str(k): {str(n): accuracy(cells, k, n) for n in settings.lengths}
+                for k in settings.keys
+            }
+            kept.finish(out, {**head, "accuracy": shares, "cells": cells})
+            note(f"wrote {out}")
     if not args.quiet:
         print("\n\n".join(table(cells, settings, k) for k in settings.keys))
     if args.png is not None:
@@ -195,7 +189,7 @@ def draw(cells: list, settings: NeedleSettings, path: Path, name: str, note: Cal
         target = path if k == settings.keys[0] else path.with_stem(f"{path.stem}-{k}-keys")
         axes, title = ("tokens", "depth"), f"{name}: needle, {count(k, 'key')}"
         heatmap.png_map(target, rows, settings.depths, settings.lengths, axes, title)
-        note(f"Wrote {target}.")
+        note(f"wrote {target}")
 
 
 def main(argv: Sequence | None = None) -> int:

@@ -5,7 +5,6 @@ hydra-mlx score MODEL --length 2048 --pairs 4 --validate
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,11 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import cli, heatmap
+from . import cli, haystack, heatmap, score_file
 from .errors import UsageError
 from .text import count
 
-FORMAT = "hydra_mlx head scores"
 EPILOG = """\
 MODEL is a plain Llama or Qwen3 model: a folder, a hub id or a Llama-family .gguf file; or a folder
 that `hydra-mlx convert --head-map identity` wrote. The method is activation patching on pairs of
@@ -78,13 +76,7 @@ def build_parser() -> cli.Parser:
         metavar="X",
         help="skip pairs whose read-outs differ less, in logits (default: 0.5)",
     )
-    p.add_argument(
-        "--haystack",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="text around the facts, instead of made sentences; repeatable",
-    )
+    cli.add_haystack(p)
     p.add_argument(
         "--validate",
         action="store_true",
@@ -104,8 +96,7 @@ def build_parser() -> cli.Parser:
         help="of unquantised weights (default: float32)",
     )
     p.add_argument("--overwrite", action="store_true", help="start anew, whatever FILE holds")
-    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    p.add_argument("--debug", action="store_true", help="show tracebacks")
+    cli.add_common(p)
     return p
 
 
@@ -126,6 +117,8 @@ def check_flags(args: argparse.Namespace) -> tuple:
     if args.png is not None:
         heatmap.require_matplotlib()
         cli.check_target(Path(args.png))
+        if Path(args.png).expanduser().resolve() == Path(args.out).expanduser().resolve():
+            raise UsageError("--png and --out name the same file.", "Choose another --png.")
     cli.check_target(Path(args.out))
     return names
 
@@ -141,31 +134,30 @@ def limit_length(wanted: int | None, config: dict) -> int:
     if wanted is None:
         return min(4096, limit or 4096)
     if limit and wanted > limit:
-        raise UsageError(f"--length is {wanted}, but this model is made for {limit} tokens.")
+        raise UsageError(
+            f"--length is {wanted}, but this model is made for {limit} tokens.",
+            f"Ask for a --length up to {limit}.",
+        )
     return wanted
 
 
-def header(args: argparse.Namespace, path: Path, trunk: Any, settings: Any, text: str) -> dict:
+def header(args: argparse.Namespace, path: Path, trunk: Any, settings: Any, digest: Any) -> dict:
     """What a result belongs to: equal headers, equal results."""
     from .journal import versions
     from .manifest import model_hash, model_name
+    from .patching import LAMBDA
 
-    digest = hashlib.sha256(text.encode()).hexdigest() if args.haystack else None
-    return {
-        "format": FORMAT,
-        "format_version": 1,
-        "model": {
-            "name": model_name(args.model, path),
-            "sha256": model_hash(path),
-            "layers": trunk.L,
-            "heads": trunk.H,
-            "key_value_heads": trunk.Hk,
-            "head_dim": trunk.D,
-            "dtype": args.dtype or "float32",
-        },
-        "probes": {**asdict(settings), "haystack_sha256": digest, "lambda": 0.9},
-        "versions": versions(),
+    model = {
+        "name": model_name(args.model, path),
+        "sha256": model_hash(path),
+        "layers": trunk.L,
+        "heads": trunk.H,
+        "key_value_heads": trunk.Hk,
+        "head_dim": trunk.D,
+        "dtype": args.dtype or "float32",
     }
+    probes = {**asdict(settings), "haystack_sha256": digest, "lambda": LAMBDA}
+    return score_file.header(model, probes, versions())
 
 
 def read_finished(out: Path, head: dict) -> dict | None:
@@ -192,8 +184,8 @@ def read_finished(out: Path, head: dict) -> dict | None:
 def work(args: argparse.Namespace) -> int:
     """Do what the flags say; returns the exit code."""
     names = check_flags(args)
-    from . import haystack, knockout, loading, score_report, scoring
-    from .journal import Journal
+    from . import knockout, loading, score_report, scoring
+    from .journal import Journal, partial_path
     from .trunk import Trunk, open_base
 
     note: Callable = (lambda line: None) if args.quiet else cli.say
@@ -213,33 +205,28 @@ def work(args: argparse.Namespace) -> int:
         args.positions,
         args.min_gap,
     )
-    head = header(args, path, trunk, settings, "\n".join(source or ()))
+    head = header(args, path, trunk, settings, haystack.digest(source))
     out = Path(args.out).expanduser()
-    partial = out.with_name(out.name + ".partial")
-    if args.overwrite:
-        out.unlink(missing_ok=True)
-        partial.unlink(missing_ok=True)
+    partial = partial_path(out, args.overwrite)
     data = read_finished(out, head)
     if data is None:
-        journal = Journal(partial, head)
-        if journal.values:
-            note(f"Going on with {partial}: {count(len(journal.values), 'result')} kept.")
-        with cli.Meter("receivers", args.quiet) as meter:
+        with Journal(partial, head) as journal, cli.Meter("receivers", args.quiet) as meter:
+            if journal.values:
+                note(f"Going on with {partial}: {count(len(journal.values), 'result')} kept.")
             values = scoring.measure(trunk, tokenizer, settings, source, journal, meter)
-        data = {**head, **scoring.result(values, settings)}
-        journal.finish(out, data)
-        note(f"Wrote {out}.")
+            data = {**head, **scoring.result(values, settings)}
+            journal.finish(out, data)
+        note(f"wrote {out}")
     else:
         note(f"{out} holds this result already; nothing is measured again.")
     texts, kind = args.validate_texts or 10, args.ablation or "mean"
     known = data.get("knockout") or {}
     if args.validate and (known.get("texts"), known.get("ablation")) != (texts, kind):
-        journal = Journal(partial, head)
-        with cli.Meter("knockout", args.quiet) as meter:
+        with Journal(partial, head) as journal, cli.Meter("knockout", args.quiet) as meter:
             data["knockout"] = knockout.validate(
                 trunk, tokenizer, settings, source, data["ranking"], kind, texts, journal, meter
             )
-        journal.finish(out, data)
+            journal.finish(out, data)
     if not args.quiet:
         score_report.show(data)
     if args.png is not None:

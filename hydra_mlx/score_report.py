@@ -40,7 +40,7 @@ def draw(data: dict, path: Path, note: Callable):
     heads = range(len(score[0]))
     axes = ("head", "layer")
     heatmap.png_map(path, score, range(len(score)), heads, axes, f"{name}: head scores")
-    note(f"Wrote {path}.")
+    note(f"wrote {path}")
     if known := data.get("knockout"):
         curves = {
             f"{c}, {'by score' if o == 'score' else o}": y
@@ -50,4 +50,4 @@ def draw(data: dict, path: Path, note: Callable):
         beside = path.with_name(f"{path.stem}-knockout{path.suffix}")
         labels = (f"heads removed ({known['ablation']} ablation)", "right answers")
         heatmap.png_curves(beside, known["removed"], curves, labels, f"{name}: knockout")
-        note(f"Wrote {beside}.")
+        note(f"wrote {beside}")

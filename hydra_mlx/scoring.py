@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from . import patching
+from . import patching, score_file
 from .errors import HydraError
 from .journal import Journal
 from .probes import FORMS, Pair, make_pair, pair_rng
@@ -104,6 +104,7 @@ def measure(
         run("receivers", unit, 1, receive)
     values = journal.values
     if all(values[f"receivers/{c}/{s}/{p}"] is None for c, s, p in settings.units):
+        journal.discard()
         raise HydraError(
             f"The model tells right from wrong answers in none of {len(settings.units)} probes "
             f"of {settings.length} tokens.",
@@ -214,13 +215,6 @@ def fuse(values: dict, settings: ScoreSettings, part: int | None = None) -> dict
     return {**mean, "capabilities": found}
 
 
-def ranking(score: np.ndarray, raw: np.ndarray) -> list:
-    """[layer, head] of all heads, best first; ties by score, raw effect, layer, head."""
-    L, H = score.shape
-    heads = [[i, h] for i in range(L) for h in range(H)]
-    return sorted(heads, key=lambda x: (-score[x[0], x[1]], -raw[x[0], x[1]], x[0], x[1]))
-
-
 def result(values: dict, settings: ScoreSettings) -> dict:
     """What the score file says about heads: lists [L][H], the ranking and a summary."""
     fused = fuse(values, settings)
@@ -244,12 +238,10 @@ def result(values: dict, settings: ScoreSettings) -> dict:
         a, b = (h["score"] for h in halves)
         summary["half_spearman"] = spearman(a, b)
         n = max(a.size // 4, 1)
-        tops = [{tuple(x) for x in ranking(h["score"], h["raw"])[:n]} for h in halves]
+        tops = [{tuple(x) for x in score_file.ranking(h["score"], h["raw"])[:n]} for h in halves]
         summary["half_top_quarter_overlap"] = len(tops[0] & tops[1]) / n
     return {
-        "score": fused["score"].tolist(),
-        "raw_effect": fused["raw"].tolist(),
-        "ranking": ranking(fused["score"], fused["raw"]),
+        **score_file.tables(fused["score"], fused["raw"]),
         "capabilities": capabilities,
         "summary": summary,
     }

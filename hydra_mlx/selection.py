@@ -4,84 +4,17 @@ Everything here is arithmetic on lists; the scores come from `hydra-mlx score` o
 Axes: L layers, H heads of a layer, K heads that stay full attention.
 """
 
-import json
 import math
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .errors import ConfigError, UsageError
+from .errors import UsageError
+from .files import write_json
+from .score_file import Scores, ranking
 
 STRATEGIES = ("scores", "fixed", "random")
-# Names a scores file may use: ours, and those of `hydra-mlx score`.
-NAMES = {"scores": ("scores", "score"), "raw": ("raw", "raw_effect")}
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Importance of every head.
-
-    Attributes:
-        scores: [L, H], fused over capabilities. raw: [L, H], raw indirect effects, for ties.
-        model: What the file says about the model that was scored.
-    """
-
-    scores: np.ndarray
-    raw: np.ndarray
-    model: dict
-
-
-def read_scores(path: Path, layers: int, heads: int) -> Scores:
-    """Read a scores file: {"model", "layers": L, "heads": H, "scores": L x H, "raw": L x H}.
-
-    Args:
-        layers, heads: L and H of the model the scores are wanted for.
-
-    Raises:
-        UsageError: Unreadable. ConfigError: Not such a file, or for a model of other sizes.
-    """
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except OSError as e:
-        raise UsageError(
-            f"The scores {path} cannot be read ({e.strerror or type(e).__name__}).",
-            "`hydra-mlx score` makes such a file.",
-        ) from None
-    except (ValueError, RecursionError):
-        raise ConfigError(f"The scores {path} are not valid JSON.") from None
-    data = data if isinstance(data, dict) else {}
-    found = {k: next((data[n] for n in names if n in data), None) for k, names in NAMES.items()}
-    if found["scores"] is None:
-        raise ConfigError(f'{path} has no "scores".', "`hydra-mlx score` makes such a file.")
-    model = data.get("model")
-    model = model if isinstance(model, dict) else {}
-    for name, want in (("layers", layers), ("heads", heads)):
-        have = data.get(name, model.get(name, want))
-        if have != want:
-            raise ConfigError(
-                f"{path} has scores for {name} = {have!r}, the model has {want}.",
-                "Score this model, not another one.",
-            )
-    scores = _matrix(path, "scores", found["scores"], layers, heads)
-    raw = scores if found["raw"] is None else _matrix(path, "raw", found["raw"], layers, heads)
-    return Scores(scores, raw, model)
-
-
-def _matrix(path: Path, name: str, rows: Any, layers: int, heads: int) -> np.ndarray:
-    try:
-        x = np.array(rows, np.float64)
-    except (ValueError, TypeError):
-        x = np.zeros(0)
-    if x.shape != (layers, heads):
-        raise ConfigError(
-            f'{path}: "{name}" must be {layers} lists of {heads} numbers, one list a layer.'
-        )
-    if not np.isfinite(x).all():
-        raise ConfigError(f'{path}: "{name}" holds NaN or infinity.')
-    return x
 
 
 def parse_ratio(text: str) -> Fraction:
@@ -133,18 +66,15 @@ def top_heads(scores: np.ndarray, raw: np.ndarray, count: int, floor: int) -> li
     Returns:
         L sorted lists of head indices.
     """
-    layers, heads = scores.shape
-    order = sorted(
-        ((i, h) for i in range(layers) for h in range(heads)),
-        key=lambda x: (-scores[x], -raw[x], *x),
-    )
+    layers, order = scores.shape[0], ranking(scores, raw)
     chosen: list = [[] for _ in range(layers)]
-    reserved = set()
+    rest = []
     for i, h in order:
         if len(chosen[i]) < floor:
             chosen[i].append(h)
-            reserved.add((i, h))
-    for i, h in [x for x in order if x not in reserved][: count - floor * layers]:
+        else:
+            rest.append((i, h))
+    for i, h in rest[: count - floor * layers]:
         chosen[i].append(h)
     return [sorted(c) for c in chosen]
 
@@ -191,4 +121,13 @@ def select_heads(
         return top_heads(lottery, lottery, count, floor)
     if scores is None:
         raise UsageError("--select scores needs --scores FILE.", "`hydra-mlx score` makes it.")
-    return top_heads(scores.scores, scores.raw, count, floor)
+    return top_heads(scores.score, scores.raw, count, floor)
+
+
+def write_heads(folder: Path, head_map: dict):
+    """heads.json in a checkpoint's folder: what `hydra-mlx convert --head-map` reads.
+
+    Args:
+        head_map: "full_attention_heads" and other HydraHead config keys.
+    """
+    write_json(folder / "heads.json", head_map)

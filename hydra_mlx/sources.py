@@ -1,6 +1,5 @@
 """Where a conversion reads from: safetensors folders and GGUF files, one tensor at a time."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -11,6 +10,7 @@ import mlx.core as mx
 
 from .config import MODEL_TYPE, HydraArgs, check_head_map
 from .errors import CheckpointError, ConfigError, UsageError
+from .files import read_json
 from .gguf import AffineTensor, GGUFFile
 from .gguf_blocks import AFFINE_BITS
 from .gguf_llama import config_from_gguf, llama_names, read_llama_tensor
@@ -204,15 +204,8 @@ def read_head_map(text: str | dict, layers: int, num_heads: int) -> dict:
     if isinstance(text, dict):
         return _checked_head_map("The head map", text, layers, num_heads)
     path = Path(text).expanduser()
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except OSError as e:
-        raise UsageError(
-            f"The head map {path} cannot be read ({e.strerror or type(e).__name__}).",
-            'It is a JSON file: {"full_attention_heads": [[0, 3], [], ...]}, or `identity`.',
-        ) from None
-    except (UnicodeDecodeError, ValueError, RecursionError):
-        raise ConfigError(f"The head map {path} is not valid JSON.") from None
+    like = 'It is a JSON file: {"full_attention_heads": [[0, 3], [], ...]}, or `identity`.'
+    data = read_json(path, "The head map", like)
     return _checked_head_map(f"The head map {path}", data, layers, num_heads)
 
 

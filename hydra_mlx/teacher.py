@@ -14,10 +14,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .config import MODEL_TYPE
 from .converter import Job, spec_layer
 from .errors import UsageError
 from .layouts import LAYER
-from .loading import DTYPES, load_tokenizer
+from .loading import DTYPES, load_tokenizer, read_config
 from .mixer import Step
 from .model import HydraLayer, Model
 from .sources import TOKEN_KEYS, Source, open_source
@@ -30,8 +31,13 @@ def open_base(path: Path) -> Source:
     """Open a plain Llama, Mistral or Qwen3 checkpoint (folder or GGUF) as itself.
 
     Raises:
-        HydraError: See sources.open_source.
+        UsageError: It is a HydraHead model. HydraError: See sources.open_source.
     """
+    if not path.is_file() and read_config(path).get("model_type") == MODEL_TYPE:
+        raise UsageError(
+            f"{path} is a HydraHead model already, expected a plain one.",
+            "Give the Llama, Mistral or Qwen3 model that it was made from.",
+        )
     return open_source(path, "identity")
 
 

@@ -79,7 +79,7 @@ def read_documents(paths: Sequence, vocab: int, tokenizer: Callable | None) -> D
     start = [np.cumsum(n) - n for n in lengths]
     docs = Documents(parts, part, np.concatenate(start), np.concatenate(lengths))
     if docs.total < 2:
-        raise UsageError("There are no tokens in the text.")
+        raise UsageError("There are no tokens in the text.", "Give files or folders with more.")
     return docs
 
 
@@ -91,7 +91,8 @@ def _files(path: Path) -> list:
         if not found:
             raise UsageError(
                 f"{path} holds neither packed tokens ({', '.join(PACKED)}) nor text "
-                f"({', '.join(TEXT)})."
+                f"({', '.join(TEXT)}).",
+                "Give another folder, or the files by name.",
             )
         return found
     if not path.is_file():
@@ -175,7 +176,8 @@ class Batches:
         self.windows = (documents.total - 1) // width
         if self.windows < 1:
             raise UsageError(
-                f"The text has {documents.total:,} tokens, one sequence needs {width + 1:,}."
+                f"The text has {documents.total:,} tokens, one sequence needs {width + 1:,}.",
+                "Give more text or a smaller --length.",
             )
         self._epoch = -1
 

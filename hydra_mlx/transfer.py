@@ -9,13 +9,12 @@ when the stage is done, in the layout that `hydra-mlx convert` reads.
 """
 
 import argparse
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import cli, text
+from . import cli, heatmap, text
 from .errors import HydraError, UsageError
 
 # Learning rate and sequence length of each stage (spec section 4).
@@ -72,8 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     a("--plot", metavar="FILE", help="PNG of the losses")
     a("--restart", action="store_true", help="forget OUT.run and begin anew")
     a("--overwrite", action="store_true", help="replace an existing OUT")
-    a("--quiet", action="store_true", help="print nothing but errors")
-    a("--debug", action="store_true", help="show tracebacks")
+    cli.add_common(p)
     return p
 
 
@@ -145,20 +143,19 @@ def make_plan(args: argparse.Namespace) -> Plan:
         HydraError: See the messages.
     """
     from .convert import resolve_source
+    from .target import check_target, real_path
     from .teacher import open_base, source_tokenizer
     from .tokens import Batches, read_documents
     from .training.evaluate import Needles
     from .training.loop import Rhythm
-    from .training.plot import require_matplotlib
     from .training.student import open_student
 
     recipe = make_recipe(args)
     if args.plot:
-        require_matplotlib()
-    out = Path(args.out).expanduser()
-    if out.exists() and not args.overwrite:
-        raise UsageError(f"{out} exists already.", "Choose another --out, or add --overwrite.")
+        heatmap.require_matplotlib("--plot")
+        cli.check_target(Path(args.plot))
     source = open_student(resolve_source(args.student, None))
+    check_target(source.path, real_path(Path(args.out)), args.overwrite)
     teacher = None
     if args.teacher is not None:
         teacher = open_base(resolve_source(args.teacher, None))
@@ -174,6 +171,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         windows = batches.take(0, min(batches.windows, max(1, args.eval_tokens // width)))
     if args.eval_needle:
         needles = Needles(tuple(args.eval_needle), args.needles, recipe.seed, tokenizer())
+        needles.check()
     rhythm = Rhythm(args.log_every, args.save_every, args.eval_every, windows, needles)
     return Plan(recipe, source, teacher, documents, rhythm)
 
@@ -190,7 +188,10 @@ def require_pair(student, teacher, recipe, args: argparse.Namespace):
     for name in names:
         one, other = getattr(student, name), getattr(teacher, name)
         if one != other:
-            raise UsageError(f"{name} is {one} in the student and {other} in the teacher.")
+            raise UsageError(
+                f"{name} is {one} in the student and {other} in the teacher.",
+                "Give as --teacher the model that the student was made from.",
+            )
     longest = teacher.max_position_embeddings
     if longest is not None and recipe.length > longest:
         raise UsageError(
@@ -212,12 +213,10 @@ def run_stage(args: argparse.Namespace, plan: Plan, stop) -> bool:
 
     out, recipe = Path(args.out).expanduser(), plan.recipe
     folder = out.with_name(f"{out.name}.run")
-    if args.restart:
-        shutil.rmtree(folder, ignore_errors=True)
     inputs = {"student": fingerprint(plan.source.path), "text": plan.documents.fingerprint()}
     if plan.teacher is not None:
         inputs["teacher"] = fingerprint(plan.teacher.path)
-    run = Run(folder, recipe, inputs, args.keep)
+    run = Run(folder, recipe, inputs, args.keep, args.restart)
     weights = read_weights(plan.source)
     teacher = None if plan.teacher is None else load_teacher(plan.teacher, recipe.dtype)
     trainer = Trainer(

@@ -218,18 +218,13 @@ def open_base(path: Path, dtype: str | None = None) -> tuple:
         # On a CPU "auto" is float32 too, and takes quantised weights apart, which is faster.
         dtype = dtype or ("auto" if loading.on_cpu() else "float32")
         return loading.load_model(path, dtype), loading.load_tokenizer(path)
-    import tempfile
-
-    from .converter import Job
-    from .sources import open_source
+    from .teacher import float_job, source_tokenizer
+    from .teacher import open_base as open_plain
     from .verify import source_model
 
-    source = open_source(path, "identity")
-    model = source_model(Job(source, "spec", None, None, None, 2 * 10**9))
+    source = open_plain(path)
+    model = source_model(float_job(source))
     if dtype not in (None, "auto", "float32"):
         model.set_dtype(loading.DTYPES[dtype])
     mx.eval(model.parameters())
-    with tempfile.TemporaryDirectory() as folder:
-        source.write_tokenizer(Path(folder))
-        (Path(folder) / "config.json").write_text('{"model_type": "llama"}', "utf-8")
-        return model, loading.load_tokenizer(Path(folder))
+    return model, source_tokenizer(source)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import hydra_mlx  # noqa: F401  (before mlx: it chooses the BLAS library)
+from hydra_mlx import score_file
 
 import mlx.core as mx
 import numpy as np
@@ -102,6 +103,18 @@ def write_spec(
     if tokenizer:
         write_tokenizer(folder)
     return folder, config, weights
+
+
+def write_scores(path: Path, table, raw=None, sha256: str = "0" * 64, **changes) -> Path:
+    """A score file as `hydra-mlx score` writes it; `changes` are keys of it, or of its "model"."""
+    score = np.array(table, float)
+    layers, heads = score.shape
+    model = {"sha256": sha256, "layers": layers, "heads": heads}
+    model.update({k: changes.pop(k) for k in ("layers", "heads") if k in changes})
+    raw = score if raw is None else np.array(raw, float)
+    data = {**score_file.header(model, {}, {}), **score_file.tables(score, raw), **changes}
+    path.write_text(json.dumps(data))
+    return path
 
 
 def base_model(config: dict):

@@ -10,16 +10,22 @@ and the model answers with the value:
 All other heads write nothing. The residual stream has blocks of one entry for each token.
 """
 
+import json
+from pathlib import Path
+
 import hydra_mlx  # noqa: F401  (before mlx: it chooses the BLAS library)
 from hydra_mlx.probes import Pair
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+
+from .checkpoints import write_checkpoint
 
 V, H, D, L = 32, 4, 64, 4
 NOW, VALUE, KEY, OUT, ONE = 0, 32, 64, 96, 128  # blocks: own token, moved ones, output, a constant
-E = 132
+E = 160  # 28 entries stay empty: quantisation wants whole groups of 32
 CONST = 50.0  # dwarfs the rest, so that the norms divide everything by nearly the same number
 SENDER, KEY_MOVER, DECOY, RECEIVER = (0, 1), (0, 2), (1, 0), (2, 3)
 UNIT = float(np.sqrt(E) / CONST)  # what an entry of 1 is after a norm
@@ -98,3 +104,28 @@ def planted_pair(rng: np.random.RandomState, length: int = 40, facts: int = 1) -
     corrupt = list(clean)
     corrupt[places[0] + 1] = int(minus)
     return Pair(tuple(clean), tuple(corrupt), len(clean) - 1, (int(minus),))
+
+
+def planted_text(rng: np.random.RandomState, questions: int = 8) -> list:
+    """Tokens of a text to learn from: three facts among filler, then keys with their values."""
+    ids = rng.permutation(V - 1)
+    names, values, filler = ids[:3], ids[3:6], ids[6:]
+    parts = [[names[i], values[i], V - 1, rng.choice(filler)] for i in range(3)]
+    parts += [[names[i], values[i]] for i in rng.choice(3, questions)]
+    return [int(x) for part in parts for x in part]
+
+
+def write_planted(folder: Path) -> Path:
+    """The model as a Llama checkpoint whose tokenizer has a word "w0" to "w31" for each token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    model = planted_model()
+    config = {**vars(model.args), "hidden_act": "silu", "eos_token_id": None}
+    weights = dict(tree_flatten(model.parameters()))
+    write_checkpoint(folder, {k: v for k, v in config.items() if v is not None}, weights)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
+    return folder

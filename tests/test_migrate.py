@@ -4,8 +4,9 @@ import json
 from fractions import Fraction
 
 import hydra_mlx
-from hydra_mlx import reference, selection
+from hydra_mlx import reference, score_file, selection
 from hydra_mlx.errors import ConfigError, UsageError
+from hydra_mlx.manifest import model_hash
 from hydra_mlx.migrate import main
 from hydra_mlx.sources import IDENTITY
 from hydra_mlx.tokens import write_packed
@@ -14,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from .checkpoints import BASE, base_model, write_base, write_checkpoint, write_gguf
+from .checkpoints import BASE, base_model, write_base, write_checkpoint, write_gguf, write_scores
 from .conversions import TOKENS, read, same_arrays
 from .conversions import convert as hydra_convert
 
@@ -24,12 +25,6 @@ GROUP = 2
 
 def migrate(*argv, code: int = 0):
     assert main([str(a) for a in (*argv, "--quiet")]) == code, argv
-
-
-def write_scores(path, scores, raw=None, changes=None):
-    data = {"model": {}, "layers": len(scores), "heads": len(scores[0]), "scores": scores}
-    path.write_text(json.dumps({**data, "raw": raw or scores, **(changes or {})}))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -108,25 +103,26 @@ def test_random_depends_on_the_seed_and_keeps_the_floor():
     [
         ({"layers": 3}, "layers = 3"),
         ({"heads": 2}, "heads = 2"),
-        ({"scores": [[1, 2], [3, 4]]}, "2 lists of 4"),
-        ({"scores": [[float("nan")] * 4] * 2}, "NaN"),
-        ({"scores": "many"}, "2 lists of 4"),
+        ({"heads": None}, "heads = None"),
+        ({"model": "m"}, "layers = None"),
+        ({"score": [[1, 2], [3, 4]]}, "2 lists of 4"),
+        ({"score": [[float("nan")] * 4] * 2}, "NaN"),
+        ({"raw_effect": "many"}, "2 lists of 4"),
+        ({"format": "something"}, "not a score file"),
+        ({"format_version": 2}, "version 2"),
     ],
 )
 def test_scores_that_do_not_fit(tmp_path, change, words):
-    path = write_scores(tmp_path / "s.json", [[0.0] * 4] * 2, changes=change)
+    path = write_scores(tmp_path / "s.json", [[0.0] * 4] * 2, **change)
     with pytest.raises(ConfigError, match=words):
-        selection.read_scores(path, 2, 4)
+        score_file.read_scores(path, 2, 4)
 
 
-def test_the_names_of_hydra_mlx_score_are_known(tmp_path):
-    score, raw = np.random.RandomState(0).rand(2, 2, 4).tolist()
-    data = {"model": {"layers": 2, "heads": 4}, "score": score, "raw_effect": raw}
-    (tmp_path / "s.json").write_text(json.dumps(data))
-    found = selection.read_scores(tmp_path / "s.json", 2, 4)
-    assert found.scores.tolist() == score and found.raw.tolist() == raw
-    with pytest.raises(ConfigError, match="layers = 2"):
-        selection.read_scores(tmp_path / "s.json", 3, 4)
+def test_scores_of_another_model(base, tmp_path, capsys):
+    path = write_scores(tmp_path / "s.json", np.eye(2, 4))
+    migrate(base[0], "--scores", path, "--out", tmp_path / "o", code=2)
+    assert "other weights" in capsys.readouterr().err and not (tmp_path / "o").exists()
+    migrate(base[0], "--scores", path, "--foreign-scores", "--out", tmp_path / "o")
 
 
 # The checkpoint
@@ -134,7 +130,8 @@ def test_the_names_of_hydra_mlx_score_are_known(tmp_path):
 
 def test_rows_land_where_the_spec_says(base, tmp_path):
     folder, _, weights, _ = base
-    scores = write_scores(tmp_path / "s.json", [[0, 3, 0, 0], [0, 0, 2, 0]])
+    table = [[0, 3, 0, 0], [0, 0, 2, 0]]
+    scores = write_scores(tmp_path / "s.json", table, sha256=model_hash(folder))
     migrate(folder, "--scores", scores, "--ratio", "3:1", "--out", tmp_path / "out")
     maps = json.loads((tmp_path / "out" / "heads.json").read_text())
     assert maps == {"full_attention_heads": [[1], [2]]}
@@ -269,6 +266,7 @@ def test_gamma_restores_the_scale(base, packed, tmp_path):
         (("--select", "fixed", "--set", "fa_gaet=null"), "fa_gaet"),
         (("--select", "fixed", "--dtype", "int8"), "int8"),
         (("--scores", "nowhere.json"), "cannot be read"),
+        (("--select", "fixed", "--foreign-scores"), "no effect"),
         (("--select", "fixed", "--ratio", "3"), "3:1"),
     ],
 )

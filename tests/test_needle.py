@@ -104,7 +104,7 @@ def test_program(program, tiny_model_dir, tmp_path):
     out = tmp_path / "n.json"
     args = ["needle", tiny_model_dir, "--lengths", "400,500", "--depths", "0,1", "--keys", "1,2"]
     code, text, err = program(*args, "--out", out, model=False)
-    assert code == 0 and text.count("right answers") == 2 and "Wrote" in err
+    assert code == 0 and text.count("right answers") == 2 and "wrote" in err
     data = json.loads(out.read_text())
     assert len(data["cells"]) == 8 and data["accuracy"] == {
         k: {"400": 0.0, "500": 0.0} for k in "12"

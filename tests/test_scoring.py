@@ -8,7 +8,7 @@ import sys
 import time
 
 import hydra_mlx  # noqa: F401  (before mlx: it chooses the BLAS library)
-from hydra_mlx import haystack, heatmap, knockout, probes, scoring
+from hydra_mlx import haystack, heatmap, knockout, probes, score_file, scoring
 from hydra_mlx.errors import UsageError
 from hydra_mlx.journal import Journal
 from hydra_mlx.loading import load_tokenizer
@@ -158,10 +158,10 @@ def test_fusion_by_hand():
     assert np.allclose(single["score"], [[1, 0.5], [0, 0.5]])
     assert np.allclose(f["capabilities"]["multi"]["score"], [[1, 0], [0, 0.5]])
     assert np.allclose(f["score"], [[1, 0.25], [0, 0.5]])
-    assert scoring.ranking(f["score"], f["raw"]) == [[0, 0], [1, 1], [0, 1], [1, 0]]
+    assert score_file.ranking(f["score"], f["raw"]) == [[0, 0], [1, 1], [0, 1], [1, 0]]
     tied = np.array([[0.5, 0.5], [0.5, 0.0]])
     raw = np.array([[0.1, 0.1], [0.2, 0.0]])
-    assert scoring.ranking(tied, raw) == [[1, 0], [0, 0], [0, 1], [1, 1]]
+    assert score_file.ranking(tied, raw) == [[1, 0], [0, 0], [0, 1], [1, 1]]
 
 
 def test_promotion_by_hand():
@@ -224,7 +224,7 @@ def test_program(program, base, tmp_path):
         pictures = []
     args = ["score", base, "--out", out, *FLAGS]
     code, text, err = program(*args, "--validate", "--validate-texts", 1, *pictures, model=False)
-    assert code == 0 and "best heads" in text and "\x1b" not in text and "Wrote" in err
+    assert code == 0 and "best heads" in text and "\x1b" not in text and "wrote" in err
     data = json.loads(out.read_text())
     assert np.array(data["score"]).shape == (2, 4) and len(data["ranking"]) == 8
     assert data["model"]["layers"] == 2 and len(data["model"]["sha256"]) == 64
@@ -285,6 +285,15 @@ def test_wrong_flags(program, base, tmp_path, flags, words):
     out = [] if "--out" in flags else ["--out", tmp_path / "x.json"]
     code, text, err = program("score", base, *out, *flags, model=False)
     assert code == 2 and words in err and not text and len(err.strip().splitlines()) <= 2
+
+
+def test_one_file_for_two_things_and_a_model_that_fails(program, base, tmp_path):
+    out = tmp_path / "x.json"
+    code, _, err = program("score", base, "--out", out, "--png", out, model=False)
+    assert code == 2 and ("same file" in err or "matplotlib" in err)
+    flags = [*FLAGS[:-1], "1e9", "--out", out]
+    code, _, err = program("score", base, *flags, model=False)
+    assert code == 2 and "none of" in err and not list(tmp_path.iterdir())
 
 
 def test_wrong_models(program, tiny_model_dir, tmp_path):

@@ -1,6 +1,7 @@
 """hydra-mlx transfer: the program, resuming after kill -9, and the way from scores to an answer."""
 
 import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -11,14 +12,12 @@ import sys
 import time
 from types import SimpleNamespace
 
-import hydra_mlx
 from hydra_mlx.__main__ import main
 from hydra_mlx.training import evaluate as training_evaluate
 from hydra_mlx.training import steps
 from hydra_mlx.training.state import read_log
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from . import students
@@ -222,6 +221,15 @@ def test_another_recipe_does_not_continue(world, tmp_path, capsys):
     transfer(world, "long", tmp_path / "o", overwrite=True, lr=1e-4, restart=True)
 
 
+def test_two_runs_at_once(world, tmp_path, capsys):
+    (tmp_path / "o.run").mkdir()
+    with (tmp_path / "o.run" / ".lock").open("w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        transfer(world, "long", tmp_path / "o", 2)
+    assert "Another run" in capsys.readouterr().err
+    transfer(world, "long", tmp_path / "o")
+
+
 def test_a_damaged_state_is_refused(world, tmp_path, capsys):
     transfer(world, "long", tmp_path / "o")
     state = tmp_path / "o.run" / "step-00000012" / "state.safetensors"
@@ -243,14 +251,21 @@ def test_a_damaged_state_is_refused(world, tmp_path, capsys):
         ("distil", {"length": 1024}, "reads 512 tokens"),
         ("long", {"length": 99999, "teacher": None}, "one sequence needs 100,000"),
         ("long", {"text": "nowhere"}, "does not exist"),
-        ("long", {"eval-needle": 64}, "needle"),
+        ("long", {"eval-needle": 64}, "too short"),
+        ("long", {"lr": "inf"}, "number"),
+        ("long", {"student": "base"}, "no HydraHead model"),
+        ("align", {"teacher": "student"}, "HydraHead model already"),
+        ("long", {"plot": "/nowhere/p.png"}, "mkdir -p /nowhere"),
+        ("long", {"out": "texts", "overwrite": True}, "not a model folder"),
+        ("long", {"out": "student", "overwrite": True}, "the same"),
         ("long", {"lr": "fast"}, "number"),
     ],
 )
 def test_errors(world, tmp_path, capsys, stage, changes, words):
-    if "eval-needle" in changes and importlib.util.find_spec("hydra_mlx.needles"):
-        pytest.skip("needle evaluation is there")
-    transfer(world, stage, tmp_path / "o", 2, **changes)
+    for name in ("student", "teacher", "out"):
+        if isinstance(changes.get(name), str):
+            changes = {**changes, name: world.folder / changes[name]}
+    transfer(world, stage, changes.pop("out", tmp_path / "o"), 2, **changes)
     err = capsys.readouterr().err
     assert words in err and "Traceback" not in err and len(err.splitlines()) <= 2
     assert not (tmp_path / "o").exists()
@@ -301,36 +316,8 @@ def test_needles_are_evaluated_by_hydra_mlx_needles(world, tmp_path, monkeypatch
     fake = SimpleNamespace(
         NeedleSettings=SimpleNamespace, evaluate=evaluate, accuracy=lambda cells, keys, n: n / 100
     )
-    monkeypatch.setattr(training_evaluate, "_needles", lambda: fake)
-    transfer(world, "long", tmp_path / "o", **{"eval-needle": 64, "needles": 3, "seed": 7})
+    monkeypatch.setattr(training_evaluate, "needles", fake)
+    transfer(world, "long", tmp_path / "o", **{"eval-needle": 400, "needles": 3, "seed": 7})
     rows = [r for r in read_log(tmp_path / "o.run" / "losses.jsonl") if "eval" in r]
-    assert [r["eval"] for r in rows] == [{"needle_64": 0.64}] * 2
-    assert asked == [((64,), 3, 7, (1, 7, 260))] * 2
-
-
-def test_from_scores_to_an_answer(world, tmp_path, capsys, stdin):
-    """score file -> migrate -> align -> distil -> long -> convert -q -> generate."""
-    rng = np.random.RandomState(0)
-    scores = {"model": {}, "layers": 2, "heads": 4, "scores": rng.rand(2, 4).tolist()}
-    (tmp_path / "scores.json").write_text(json.dumps({**scores, "raw": scores["scores"]}))
-
-    def hydra(*argv):
-        assert main([str(a) for a in argv]) == 0
-
-    student = tmp_path / "student"
-    hydra("migrate", world.base, "--scores", tmp_path / "scores.json", "--out", student, "--quiet")
-    losses = {}
-    for stage, length in (("align", 30), ("distil", 30), ("long", 10)):
-        out = tmp_path / stage
-        extra = {"student": student, "steps": length, "eval-text": world.held_out}
-        transfer(world, stage, out, **extra, **({"length": 128} if stage == "long" else {}))
-        tests = [r["eval"] for r in read_log(tmp_path / f"{stage}.run/losses.jsonl") if "eval" in r]
-        losses[stage], student = (tests[0]["kl"], tests[-1]["kl"]), out
-    assert losses["distil"][1] < 0.9 * losses["align"][0]
-    q = ["-q", "--q-bits", 4, "--q-group-size", 32, "--quiet"]
-    hydra("convert", "--hf-path", student, "--mlx-path", tmp_path / "q", *q)
-    capsys.readouterr()
-    hydra("generate", "--model", tmp_path / "q", "the sea", "-m", 8, "--ignore-chat-template")
-    assert capsys.readouterr().out.strip()
-    model = hydra_mlx.load_model(tmp_path / "q")
-    assert mx.isfinite(model(mx.zeros((1, 5), mx.int32))).all().item()
+    assert [r["eval"] for r in rows] == [{"needle_400": 4.0}] * 2
+    assert asked == [((400,), 3, 7, (1, 7, 260))] * 2

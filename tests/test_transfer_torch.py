@@ -15,6 +15,7 @@ pytest.importorskip("safetensors")
 from tools.transfer_torch import checkpoint, data, delta_torch, heads, migrate, model, train  # noqa: E402
 from tools.transfer_torch.loss import distil_loss  # noqa: E402
 
+from .checkpoints import write_scores  # noqa: E402
 from .golden import torch_hydrahead  # noqa: E402
 from .golden import weights as golden  # noqa: E402
 
@@ -259,9 +260,12 @@ def test_batches_are_their_step_alone(setup, tmp_path):
     assert ids.shape == (3, 513) and (marks.sum(1) > 2).all()
 
 
-def test_heads_by_score_with_a_floor():
-    scores = [[0.9, 0.8, 0.7], [0.1, 0.3, 0.2], [0.5, 0.5, 0.0]]
-    assert heads.choose(scores, 4) == [[0, 1, 2], [], [0]]
-    assert heads.choose(scores, 4, 1) == [[0, 1], [1], [0]]
-    with pytest.raises(ValueError, match="takes 6 heads, more than the 4 kept"):
-        heads.choose(scores, 4, 2)
+def test_heads_by_score_with_a_floor(tmp_path, capsys):
+    scores = np.array([[0.9, 0.8, 0.7], [0.1, 0.3, 0.2], [0.5, 0.5, 0.0]])
+    write_scores(tmp_path / "s.json", scores)
+    argv = [str(tmp_path / "s.json"), str(tmp_path / "h.json"), "--keep", "4"]
+    for floor, want in (("0", [[0, 1, 2], [], [0]]), ("1", [[0, 1], [1], [0]])):
+        assert heads.main([*argv, "--floor", floor]) == 0
+        assert json.loads((tmp_path / "h.json").read_text()) == {"full_attention_heads": want}
+    assert heads.main([*argv, "--floor", "2"]) == 2
+    assert "6 full-attention heads" in capsys.readouterr().err

@@ -220,6 +220,7 @@ def work_table(kv_of_fa: tuple, T: int, max_rows: int = MAX_ROWS) -> tuple:
 
 @lru_cache(maxsize=16)
 def score_floats(scale: float, a: float) -> mx.array:
+    """The kernel's two floats, made once: scale of the scores and `a` of the log-length scale."""
     return few([scale, a], mx.float32)
 
 

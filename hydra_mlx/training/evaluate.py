@@ -3,17 +3,17 @@
 Axes: N windows, T tokens of a window.
 """
 
-import importlib
-import importlib.util
 import math
+import random
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import UsageError
+from .. import needles
 from ..model import Model
+from ..probes import make_needle
 from .losses import hidden_states, output_matrix, position_losses
 
 
@@ -31,20 +31,19 @@ class Needles:
     seed: int
     tokenizer: Any
 
-    def __post_init__(self):
-        _needles()
+    def check(self):
+        """Make a text of each length; asked before the training.
+
+        Raises:
+            UsageError: A length is too short for the question.
+        """
+        for length in self.lengths:
+            make_needle(self.tokenizer, random.Random(0), length, 0.5)
 
     def accuracy(self, model: Model, length: int) -> float:
         """Share of single-key needles found over all depths."""
-        needles = _needles()
         settings = needles.NeedleSettings(lengths=(length,), trials=self.trials, seed=self.seed)
         return needles.accuracy(needles.evaluate(model, self.tokenizer, settings), 1, length)
-
-
-def _needles():
-    if importlib.util.find_spec("hydra_mlx.needles") is None:
-        raise UsageError("--eval-needle needs hydra_mlx.needles, which this version has not.")
-    return importlib.import_module("hydra_mlx.needles")
 
 
 def compare(student: Model, teacher: Model | None, windows: np.ndarray, chunk: int) -> dict:

@@ -1,22 +1,11 @@
 """Loss curves of a stage as a PNG."""
 
-import importlib.util
 from pathlib import Path
 
-from ..errors import UsageError
+from .. import heatmap
 
 CURVES = {"loss": "loss", "kl": "KL", "ce": "cross-entropy", "relative": "MSE / power"}
 HELD_OUT = {"kl": "KL, held out", "perplexity_ratio": "perplexity ratio, held out"}
-
-
-def require_matplotlib():
-    """Say at the start, not after hours, that a plot cannot be drawn.
-
-    Raises:
-        UsageError: matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("--plot needs matplotlib.", "pip install 'hydra_mlx[bench]'")
 
 
 def plot_losses(records: list, path: Path, title: str):
@@ -24,13 +13,12 @@ def plot_losses(records: list, path: Path, title: str):
 
     Args:
         records: Of losses.jsonl. path: PNG to write. title: Above the picture.
+
+    Raises:
+        UsageError: No matplotlib, or the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = heatmap.figure(7, 4.2)
+    axes = figure.add_subplot()
     train = [r for r in records if "loss" in r]
     for key, label in CURVES.items():
         rows = [r for r in train if key in r and (key == "loss" or r[key] != r["loss"])]
@@ -45,5 +33,4 @@ def plot_losses(records: list, path: Path, title: str):
     axes.set(xlabel="tokens", yscale="log", title=title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    heatmap.save(figure, path)

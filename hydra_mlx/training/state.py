@@ -8,8 +8,8 @@ Nothing is drawn at random while training but the order of the text, which follo
 and the step; so these are the whole state.
 """
 
+import fcntl
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -18,7 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import CheckpointError, UsageError
-from ..files import sync_folder
+from ..files import sync_folder, write_json, write_whole
 from ..shards import load_arrays, read_header
 from .steps import Recipe, Trainer
 
@@ -31,26 +31,40 @@ class Run:
 
     Args:
         folder: Made if absent. recipe: Of the stage. inputs: {name: fingerprint} of student,
-            teacher and text. keep: States to keep.
+            teacher and text. keep: States to keep. restart: Forget what the folder holds.
 
     Raises:
-        UsageError: The folder belongs to a run with another recipe or other inputs.
+        UsageError: The folder belongs to a run with another recipe or other inputs, or another
+            process is at it.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, inputs: dict, keep: int):
+    def __init__(
+        self, folder: Path, recipe: Recipe, inputs: dict, keep: int, restart: bool = False
+    ):
         self.folder, self.keep = folder, keep
         mine = {**asdict(recipe), **inputs}
         path = folder / "recipe.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / ".lock").open("w")  # let go when the process ends
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if restart:
+                path.unlink(missing_ok=True)
+                (folder / LOG).unlink(missing_ok=True)
+                for state in self.states():
+                    shutil.rmtree(state)
             for partial in folder.glob(".partial-*"):
                 shutil.rmtree(partial, ignore_errors=True)
             if path.is_file():
                 _require_same(path, mine)
             else:
-                _replace(path, json.dumps(mine, indent=1) + "\n")
+                write_json(path, mine)
+        except BlockingIOError:
+            raise UsageError(f"Another run is writing {folder}.", "Wait for it to end.") from None
         except OSError as e:
-            raise UsageError(f"{folder} cannot be written ({e.strerror or e}).") from None
+            raise UsageError(
+                f"{folder} cannot be written ({e.strerror or e}).", "Choose another --out."
+            ) from None
 
     def states(self) -> list:
         """Folders of the states there are, oldest first."""
@@ -89,7 +103,8 @@ class Run:
                 raise CheckpointError(f"{file} is of another model.")
             trainer.restore(arrays, step)
         kept = [r for r in read_log(self.folder / LOG) if step and r.get("step", 0) <= step]
-        _replace(self.folder / LOG, "".join(json.dumps(r) + "\n" for r in kept))
+        lines = "".join(json.dumps(r) + "\n" for r in kept)
+        write_whole(self.folder / LOG, lambda beside: beside.write_text(lines, "utf-8"))
         return step
 
     def log(self, record: dict):
@@ -102,20 +117,18 @@ def _require_same(path: Path, mine: dict):
     try:
         theirs = json.loads(path.read_text("utf-8"))
     except ValueError:
-        theirs = {}
-    other = [k for k in mine if not isinstance(theirs, dict) or theirs.get(k) != mine[k]]
+        theirs = None
+    if not isinstance(theirs, dict):
+        raise UsageError(
+            f"{path} is damaged.", "Add --restart to begin anew, or choose another --out."
+        )
+    other = [k for k in mine if theirs.get(k) != mine[k]]
     if other:
         raise UsageError(
             f"{path.parent} is of a run with another {', '.join(other)}.",
             "Repeat that run's flags to continue it, add --restart to begin anew, or choose "
             "another --out.",
         )
-
-
-def _replace(path: Path, text: str):
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, path)
 
 
 def read_log(path: Path) -> list:

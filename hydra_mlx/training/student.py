@@ -1,6 +1,5 @@
 """The student on disk: a HydraHead checkpoint in the spec's layout, opened and written again."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..config import MODEL_TYPE
 from ..converter import Job, run
 from ..errors import UsageError
+from ..loading import read_config
 from ..manifest import file_digest
+from ..selection import write_heads
 from ..sources import Source, open_source
 from ..tensors import to_float
 
@@ -45,6 +47,8 @@ def open_student(path: Path) -> Source:
     """
     if not path.is_dir():
         raise UsageError(f"{path} is no folder.", "`hydra-mlx migrate` makes a student.")
+    if read_config(path).get("model_type") != MODEL_TYPE:
+        raise UsageError(f"{path} is no HydraHead model.", "`hydra-mlx migrate` makes a student.")
     source = open_source(path, None)
     if source.form != "spec":
         raise UsageError(
@@ -88,7 +92,6 @@ def write_student(
     job = Job(new, "spec", None, dtype, None, SHARD_BYTES, for_hf=True)
 
     def add_map(folder: Path):
-        heads = {"full_attention_heads": s.args.full_attention_heads}
-        (folder / "heads.json").write_text(json.dumps(heads) + "\n", "utf-8")
+        write_heads(folder, {"full_attention_heads": s.args.full_attention_heads})
 
     return run(job, target, overwrite, progress, add_map)

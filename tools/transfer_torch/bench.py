@@ -134,6 +134,7 @@ def pieces(student: Student, teacher: Teacher, rows: int, length: int, device: s
 
 
 def main(argv=None) -> int:
+    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--heads", type=Path, required=True)

@@ -16,6 +16,7 @@ NAME = "model"
 
 
 def main(argv=None) -> int:
+    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=("pack", "unpack"))
     parser.add_argument("source", type=Path)

@@ -186,6 +186,7 @@ def expand(folder: Path) -> None:
 
 
 def main(argv=None) -> int:
+    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     args = parser.parse_args(argv)

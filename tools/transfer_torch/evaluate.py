@@ -72,6 +72,7 @@ def needle_accuracy(student, teacher, folder: Path, rows: int, length: int, devi
 
 
 def main(argv=None) -> int:
+    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)

@@ -137,6 +137,7 @@ def documents(root: Path, pattern: str, most: float, seen: set[bytes]):
 
 
 def main(argv=None) -> int:
+    """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("base", type=Path)
     parser.add_argument("unpacked", type=Path)

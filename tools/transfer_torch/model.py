@@ -109,6 +109,7 @@ class Decoder:
         return F.embedding(tokens, self.embed).float()
 
     def attention(self, i: int, x: Tensor) -> Tensor:
+        """What layer i adds to the stream after o_proj: normed [B, T, E] -> [B, T, E]."""
         """What attention adds to x in layer i, norm included. x: [B, T, E]"""
         raise NotImplementedError
 
@@ -144,6 +145,7 @@ class Teacher(Decoder):
         return self.norms[i], *(self.attn[i][f"{n}_proj.weight"] for n in "qkv")
 
     def attention(self, i: int, x: Tensor) -> Tensor:
+        """What layer i adds to the stream after o_proj: normed [B, T, E] -> [B, T, E]."""
         o_proj = self.attn[i]["o_proj.weight"]
         cos, sin = self.rope(x.shape[1])
         return self.block(x, self.projections(i), o_proj, cos, sin, self.D, self.eps)
@@ -185,6 +187,7 @@ class Student(Decoder):
         return [self.tensors[n] for n in sorted(self.tensors) if part in n]
 
     def attention(self, i: int, x: Tensor) -> Tensor:
+        """What layer i adds to the stream after o_proj: normed [B, T, E] -> [B, T, E]."""
         scale, T = None, x.shape[1]
         form = self.config.get("fa_logit_scale", {"type": "log_length", "a": 500})
         if self.scaled and form:

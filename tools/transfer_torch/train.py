@@ -45,6 +45,7 @@ def parse_tuning(text: str) -> tuple[int, ...]:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Flags of the three stages."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("stage", choices=STAGES)
@@ -278,6 +279,7 @@ def train(run: Run) -> None:
 
 
 def main(argv=None) -> int:
+    """Entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
     if args.length % delta.CHUNK:
         raise SystemExit(f"--length {args.length} is no multiple of {delta.CHUNK}")
