@@ -9,6 +9,7 @@ median of single calls with their synchronisation; the last line is JSON.
 import argparse
 import json
 import sys
+from collections.abc import Callable
 
 import hydra_mlx  # noqa: F401
 from hydra_mlx.kernels import fa_decode, fa_prefill
@@ -17,6 +18,8 @@ from hydra_mlx.kernels.dispatch import route
 import mlx.core as mx
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from timing import chained_ms, median_ms
+
+SCALE = 128**-0.5
 
 
 def error(a: mx.array, b: mx.array) -> float:
@@ -34,6 +37,22 @@ def cache(Hk: int, S: int, D: int, dtype: mx.Dtype, bits: int | None) -> tuple:
     kq, vq = (mx.quantize(x, group_size=64, bits=bits) for x in (k, v))
     full = [mx.dequantize(*x, group_size=64, bits=bits) for x in (kq, vq)]
     return fa_decode.KeyValues(kq, vq, S, bits, 64), *full
+
+
+def ours(way: str) -> Callable:
+    """fa_decode of q [1, 1, 4, 128], a query on each of 4 key/value heads."""
+    return lambda q, kv: fa_decode.run(q, kv, (0, 1, 2, 3), SCALE, route=way)
+
+
+def theirs(bits: int | None) -> Callable:
+    """MLX's attention of q [1, 4, 1, 128], or mlx_lm's over a quantised cache."""
+    if bits is None:
+        return lambda q, kv: mx.fast.scaled_dot_product_attention(
+            q, kv.keys, kv.values, scale=SCALE
+        )
+    return lambda q, kv: quantized_scaled_dot_product_attention(
+        q, kv.keys, kv.values, SCALE, None, 64, bits
+    )
 
 
 def main(argv=None) -> int:
@@ -71,20 +90,11 @@ def main(argv=None) -> int:
             q = mx.random.normal((1, 1, 4, 128), dtype=mx.bfloat16)
             mx.eval(q, [kv.parts for kv in caches])
 
-            def ours(q, kv):
-                return fa_decode.run(q, kv, (0, 1, 2, 3), 128**-0.5, route=way)
-
-            def theirs(q, kv, bits=bits):
-                if bits is None:
-                    return mx.fast.scaled_dot_product_attention(
-                        q, kv.keys, kv.values, scale=128**-0.5
-                    )
-                return quantized_scaled_dot_product_attention(
-                    q, kv.keys, kv.values, 128**-0.5, None, 64, bits
-                )
-
             row = {"S": S, "bits": bits, "gb": 4 * S * caches[0].row_bytes / 1e9}
-            for name, f, x in (("ours", ours, q), ("MLX", theirs, q.swapaxes(1, 2))):
+            for name, f, x in (
+                ("ours", ours(way), q),
+                ("MLX", theirs(bits), q.swapaxes(1, 2)),
+            ):
                 row[name] = chained_ms(f, x, caches, runs=3)
                 row[f"{name} wall"] = median_ms(lambda f=f, x=x, kv=caches[0]: f(x, kv))
             print(

@@ -16,19 +16,13 @@ import time
 from contextlib import nullcontext
 
 import hydra_mlx  # noqa: F401
-from hydra_mlx.cache import quantise_cache
-from hydra_mlx.kernels import dispatch, fa_decode, la_prefill
+from hydra_mlx.kernels import dispatch, la_prefill
 
 import gpu_attention
 import gpu_delta
 import gpu_step
 import mlx.core as mx
-from mlx_lm.models import qwen3
-from mlx_lm.models.base import quantized_scaled_dot_product_attention
-from mlx_lm.models.cache import KVCache
 from timing import chained_ms, median_ms
-
-HEADS, SCALE = (0, 1, 2, 3), 128**-0.5
 
 
 class Report:
@@ -61,27 +55,17 @@ def delta_rule(report: Report, way: str, lengths: tuple):
 def attention(report: Report, way: str, S: int):
     """fa_decode over 4 key/value heads, 4 queries, D=128."""
 
-    def ours(q, kv):
-        return fa_decode.run(q, kv, HEADS, SCALE, route=way)
-
     for bits in (None, 8, 4):
         caches = [gpu_attention.cache(4, S, 128, mx.bfloat16, bits)[0] for _ in range(2)]
         mx.eval([kv.parts for kv in caches])
         q = mx.random.normal((1, 1, 4, 128), dtype=mx.bfloat16)
         name = f"attention {S} keys, {bits or 16} bit"
-        ms = chained_ms(ours, q, caches, runs=3)
+        ms = chained_ms(gpu_attention.ours(way), q, caches, runs=3)
         report.say(name, ms, "ms")
         report.say(f"{name}, bandwidth", 4 * S * caches[0].row_bytes / 1e6 / ms, "GB/s")
 
-        def theirs(q, kv, bits=bits):
-            if bits is None:
-                return mx.fast.scaled_dot_product_attention(q, kv.keys, kv.values, scale=SCALE)
-            return quantized_scaled_dot_product_attention(
-                q, kv.keys, kv.values, SCALE, None, 64, bits
-            )
-
         calls = (8, 40) if bits is None else (2, 8)
-        mlx = chained_ms(theirs, q.swapaxes(1, 2), caches, calls=calls, runs=2)
+        mlx = chained_ms(gpu_attention.theirs(bits), q.swapaxes(1, 2), caches, calls=calls, runs=2)
         report.say(f"{name}, mlx", mlx, "ms")
         del caches
         mx.clear_cache()
@@ -89,10 +73,8 @@ def attention(report: Report, way: str, S: int):
 
 def decode(report: Report, model, S: int):
     """Tokens a second at S tokens of context, kernels and operations."""
-    Hl, D = gpu_step.SIZE["num_attention_heads"] - len(gpu_step.FA_HEADS), 128
-    state = (((1, 3, 3 * Hl * D), mx.bfloat16), ((1, Hl, D, D), mx.float32))
     for name, inside, steps in (("kernels", nullcontext, 60), ("operations", _operations, 10)):
-        cache = gpu_step.filled(model.make_cache(), S, len(gpu_step.FA_HEADS), state)
+        cache = gpu_step.filled(model.make_cache(), S, len(gpu_step.FA_HEADS), gpu_step.recurrent())
         with inside():
             report.say(f"decode at {S}, {name}", gpu_step.decode(model, cache, steps), "tok/s")
         del cache
@@ -106,34 +88,10 @@ def _operations():
 def prefill(report: Report, model, T: int, step: int = 2048):
     """Peak bytes above the weights and tokens a second of reading T tokens."""
     for bits in (None, 8, 4):
-        cache = model.make_cache()
-        if bits:
-            quantise_cache(cache, bits, 64)
-        prompt = mx.random.randint(0, 1000, (1, T))
-        mx.eval(prompt)
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        held, start = mx.get_active_memory(), 0.0
-        for at in range(0, T, step):
-            model.model(prompt[:, at : at + step], cache=cache)
-            mx.eval([c.state for c in cache])
-            mx.clear_cache()
-            if at == 0:  # builds and checks the kernels
-                start = time.perf_counter()
+        peak, speed = gpu_step.prefill_peak(model, T, bits, step)
         name = f"prefill of {T} tokens, {bits or 16} bit"
-        report.say(f"{name}, peak", (mx.get_peak_memory() - held) / 2**20, "MiB")
-        report.say(name, (T - step) / (time.perf_counter() - start), "tok/s")
-        del cache
-        mx.clear_cache()
-
-
-def stock(report: Report, S: int):
-    """mlx_lm's Qwen3 of the same size, 4-bit weights, bf16 cache."""
-    config = {**gpu_step.SIZE, "model_type": "qwen3"}
-    model = gpu_step.quantised(qwen3.Model(qwen3.ModelArgs.from_dict(config)))
-    layers, heads = config["num_hidden_layers"], config["num_key_value_heads"]
-    cache = gpu_step.filled([KVCache() for _ in range(layers)], S, heads)
-    report.say(f"decode at {S}, mlx_lm Qwen3", gpu_step.decode(model, cache), "tok/s")
+        report.say(f"{name}, peak", peak / 2**20, "MiB")
+        report.say(name, speed, "tok/s")
 
 
 def main(argv=None) -> int:
@@ -153,7 +111,7 @@ def main(argv=None) -> int:
     prefill(report, model, 32768)
     del model
     mx.clear_cache()
-    stock(report, 131072)
+    report.say("decode at 131072, mlx_lm Qwen3", gpu_step.stock_decode(131072), "tok/s")
     text = json.dumps({"device": str(mx.device_info()), "rows": report.rows})
     if args.json:
         with open(args.json, "w") as f:

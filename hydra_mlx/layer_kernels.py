@@ -30,6 +30,9 @@ WEIGHTS = (
 )  # fmt: skip
 
 
+FEW_TOKENS = ("kernels", f"T <= {la_decode.MAX_TOKENS}")  # a path whose verdict is known
+
+
 class LayerKernels:
     """Kernels of one FusedMixer.
 
@@ -78,11 +81,11 @@ class LayerKernels:
         lengths = None if arrays is None else arrays.lengths
         single = kv is None or type(kv.offset) is int
         held = hydra_decode.cached(kv) if single else None
-        kind = None
+        shape = None
         if held is not None:  # a verdict holds for a million keys more
-            shape = held.parts[0].shape
-            kind = (held.dtype, held.bits, held.group_size, *shape[:2], shape[2] >> 20, shape[3])
-        key = ("hydra", x.shape, x.dtype, ab.dtype, type(kv), kind)
+            B, heads, allocated, width = held.parts[0].shape
+            shape = B, heads, allocated >> 20, width
+        key = ("hydra", x.shape, x.dtype, ab.dtype, type(kv), _kind(held), shape)
         plain = single and step.la_mask is None and lengths is None
         plain = plain and not isinstance(step.fa_mask, mx.array)
         if not plain or self._trusted.get(key) != "":
@@ -91,6 +94,8 @@ class LayerKernels:
                 "decode", key, verdict, lambda: first_use.hydra(mixer, layer, x, ab, kv, to)
             ):
                 return None
+        else:
+            self.paths["decode"] = FEW_TOKENS
         tail, state = (None, None) if arrays is None else (arrays[CONV], arrays[STATE])
         y, state, tail, k, v = hydra_decode.run(
             layer, x, ab, step.offset, tail, state, held, to.route, to.run, cores=to.cores
@@ -162,7 +167,7 @@ class LayerKernels:
             least = PLAIN_FROM[to.route]
             if verdict[0] and held.bits is None and (least is None or held.S < least):
                 verdict = False, "a plain cache: MLX's own attention"
-        key = ("fa", many or T, q.dtype, _kind(kv))
+        key = ("fa", many or T, q.dtype, _kind(held))
         if not self._may(
             "prefill FA" if many else "decode FA",
             key,
@@ -180,14 +185,9 @@ class LayerKernels:
         return y, True
 
 
-def _kind(kv: Any) -> tuple | None:
+def _kind(held: KeyValues | None) -> tuple | None:
     """What the kernels are specialised for in a cache; None for none or an empty one."""
-    if kv is None or getattr(kv, "keys", None) is None or not isinstance(kv.offset, int):
-        return None
-    if not kv.offset:
-        return None
-    held = KeyValues.of(kv)
-    return held.dtype, held.bits, held.group_size
+    return None if held is None else (held.dtype, held.bits, held.group_size)
 
 
 def _store(arrays: Any, tail: mx.array, state: mx.array, T: int):

@@ -199,3 +199,12 @@ def test_batch_with_padding_takes_operations(host):
         ref = model(tokens[:1, 2:], cache=model.make_cache())
     assert_close(out[:1, 2:], ref, 1e-4, "padded row")
     assert "operations" in model.layers[0].self_attn.kernels.paths["decode"]
+
+
+def test_path_is_of_the_last_step(host):
+    model, tokens = make_model(), tokens_of(14)
+    _, cache = steps(model, tokens, (12, 1))
+    paths = model.layers[0].self_attn.kernels.paths
+    paths["decode"] = ("operations", "an earlier batch")
+    model(tokens[:, 13:], cache=cache)
+    assert paths["decode"] == ("kernels", "T <= 8")

@@ -16,13 +16,13 @@ from functools import cache
 import mlx.core as mx
 
 from ..errors import UsageError
+from .fa_decode import CORES
 from .loader import Launch, execute
 
 MODES = ("auto", "metal", "cuda", "ops")
 # GPU cores by the last letter of Apple's architecture name (phone, base and Pro, Max, Ultra), the
-# smaller of each; multiprocessors of an H100 or H200.
+# smaller of each.
 APPLE_CORES = {"p": 5, "g": 10, "s": 32, "d": 64}
-CUDA_CORES = 132
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def route() -> tuple:
 
 @cache
 def _gpu(way: str) -> Backend:
-    cores = CUDA_CORES
+    cores = CORES[way]
     if way == "metal":
         name = str(mx.device_info().get("architecture", ""))
         cores = APPLE_CORES.get(name[-1:], APPLE_CORES["g"])
