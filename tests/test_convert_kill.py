@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import mlx.core as mx
 import pytest
 
 from .checkpoints import write_spec
+from .forking import ForkServer
 
 # A child that has imported everything but has not touched MLX's threads forks one converter for
 # each line it reads, so that a converter starts in milliseconds and each is a process of its own.
@@ -41,40 +40,9 @@ KILLS = {"new": 20, "overwrite": 20}
 SLOW = 0.006  # seconds before each tensor: a run takes about half a second
 
 
-class Converters:
-    """Starts converters one after the other; wait() gives the exit code of the last."""
-
-    def __init__(self):
-        env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-c", SERVER, str(SLOW)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.server = subprocess.Popen(
-            command, **pipes, stderr=subprocess.DEVNULL, text=True, env=env
-        )
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        return self.server.stdout.readline().strip()
-
-    def start(self, *argv) -> int:
-        """Start a converter with these arguments (no blanks in them); its process id."""
-        self.server.stdin.write(" ".join(map(str, argv)) + "\n")
-        self.server.stdin.flush()
-        return int(self._line())
-
-    def wait(self) -> int:
-        """Exit code of the converter, negative for a signal."""
-        return int(self._line())
-
-    def close(self):
-        """End the server."""
-        self.server.stdin.close()
-        self.server.wait(timeout=20)
-
-
 @pytest.fixture(scope="module")
 def converters():
-    c = Converters()
+    c = ForkServer(SERVER, SLOW)
     yield c
     c.close()
 

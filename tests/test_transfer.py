@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -22,6 +20,7 @@ import pytest
 
 from . import students
 from .conversions import read, same_arrays
+from .forking import ForkServer
 
 # A child that has imported everything but has not touched MLX's threads forks one trainer for each
 # line it reads. Steps are slowed down so that a kill can fall between any two of them.
@@ -112,37 +111,9 @@ def test_tokens_instead_of_steps(world, tmp_path):
     assert read_log(tmp_path / "o.run" / "losses.jsonl")[-1]["step"] == 5
 
 
-class Trainers:
-    """Starts trainers one after the other; each is a process of its own."""
-
-    def __init__(self):
-        command = [sys.executable, "-c", SERVER]
-        env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.server = subprocess.Popen(
-            command, **pipes, stderr=subprocess.DEVNULL, text=True, env=env
-        )
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        return self.server.stdout.readline().strip()
-
-    def start(self, argv: list) -> int:
-        self.server.stdin.write(" ".join(argv) + "\n")
-        self.server.stdin.flush()
-        return int(self._line())
-
-    def wait(self) -> int:
-        return int(self._line())
-
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait(timeout=30)
-
-
 @pytest.fixture(scope="module")
 def trainers():
-    server = Trainers()
+    server = ForkServer(SERVER)
     yield server
     server.close()
 
@@ -162,10 +133,10 @@ def test_killed_at_random_and_resumed_is_never_killed(world, tmp_path, trainers,
     rng = random.Random(seed)
     settings = {"steps": 14, "save-every": 2, "log-every": 1, "accumulate": 2, "text": world.texts}
     argv = {n: flags(world, stage, tmp_path / n, **settings) for n in ("whole", "killed")}
-    assert (trainers.start(argv["whole"]), trainers.wait())[1] == 0
+    assert (trainers.start(*argv["whole"]), trainers.wait())[1] == 0
     run, kills = tmp_path / "killed.run", 0
     while not (tmp_path / "killed").exists():
-        pid = trainers.start(argv["killed"])
+        pid = trainers.start(*argv["killed"])
         # The log tells how far it is; kill it some time after a step, never after the last state.
         begin = read_log(run / "losses.jsonl")[-1:] or [{"step": 0}]
         goal = begin[0]["step"] + rng.randrange(1, 6)
