@@ -117,6 +117,8 @@ def rollback(
             return 0
     point = checkpoints.nearest(position)
     start = 0 if point is None else point.position
+    if point is not None:
+        point.read()
     if exact:
         plan = list(checkpoints.calls.between(start, position))
     else:
