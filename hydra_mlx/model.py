@@ -140,7 +140,11 @@ class Model(nn.Module):
         Returns:
             [B, T, V].
         """
-        h = self.model(inputs, cache, input_embeddings)
+        return self.head(self.model(inputs, cache, input_embeddings))
+
+    def head(self, h: mx.array) -> mx.array:
+        """Logits [B, T, V] of hidden states [B, T, E]; give it the last token's when only its
+        are wanted, MLX computes a whole product for a slice of it."""
         if self.args.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(h)
         return self.lm_head(h)

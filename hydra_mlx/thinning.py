@@ -3,7 +3,7 @@
 Numbers only; the checkpoints themselves are in checkpoints.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -85,6 +85,25 @@ class Calls:
     def __init__(self):
         self.end = 0
         self._runs = []  # (start, tokens a call), each up to the next; the last may be shorter
+
+    @classmethod
+    def of(cls, end: int, runs: Sequence) -> "Calls":
+        """The calls with these `runs`.
+
+        Raises:
+            ValueError: They are none.
+        """
+        calls, starts = cls(), [0, *(r[0] for r in runs[1:]), end]
+        rising = all(a < b for a, b in zip(starts, starts[1:]))  # noqa: B905
+        if (runs or end) and not (rising and runs[0][0] == 0 and all(r[1] > 0 for r in runs)):
+            raise ValueError("runs of calls that do not follow each other")
+        calls.end, calls._runs = end, [(a, n) for a, n in runs]
+        return calls
+
+    @property
+    def runs(self) -> list:
+        """[(start, tokens a call), ...]: what `of` makes the same calls from."""
+        return list(self._runs)
 
     def add(self, n: int):
         """One more call, of n tokens."""
