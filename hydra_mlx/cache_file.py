@@ -6,30 +6,25 @@ The arrays are taken in blocks of BLOCK bytes, each with an XXH3-128 checksum in
 first entry of the header is one over the header and that array. So a header is checked without
 reading the arrays, a part of an array by its blocks, and the whole by several threads at the speed
 of memory. Any tool for safetensors reads such a file; what the arrays mean is in prompt_cache.py.
+Importing this does not import mlx_lm, which takes most of a second.
 """
 
-import contextlib
-import fcntl
-import glob
 import json
 import math
 import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import xxhash
 
 from .errors import CacheError
-from .files import sync_folder
 from .shards import ITEM_BYTES, MAX_HEADER
-from .text import first_line, size
+from .text import first_line
 
+FORMAT = 2
+OWN = "0.hydra"  # the metadata that is ours, as JSON
 BLOCK = 4 << 20
 PIECE = 1 << 20  # bytes read at a time: they stay in the processor's cache until they are summed
 SUM = 16  # bytes of a checksum
@@ -37,11 +32,6 @@ SUMS = "checksums"  # the last array's name, after a number and a dot
 START = b'{"__metadata__":{"0.check":"'
 AGAIN = "Delete the file, or start anew with --prompt-cache-overwrite."
 FOREIGN = "Take another file name; this file stays as it is."
-_ITEM = {
-    mx.bool_: "BOOL", mx.uint8: "U8", mx.int8: "I8", mx.uint16: "U16", mx.int16: "I16",
-    mx.uint32: "U32", mx.int32: "I32", mx.uint64: "U64", mx.int64: "I64", mx.float16: "F16",
-    mx.bfloat16: "BF16", mx.float32: "F32",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -130,7 +120,7 @@ class CacheFile:
         self._sums = self._bytes(sums.start, sums.stop)
         at = len(START)
         blank = header[:at] + b"0" * 2 * SUM + header[at + 2 * SUM :]
-        if header[at : at + 2 * SUM] != _root(blank, self._sums):
+        if header[at : at + 2 * SUM] != header_sum(blank, self._sums):
             raise self._damaged("the checksum of its header is wrong")
         if len(self._sums) != self.blocks * SUM:
             raise self._damaged("its checksums are not as many as its blocks")
@@ -240,121 +230,28 @@ class CacheFile:
             raise CacheError(f"{self.path} was changed while it was in use.", "Start again.")
 
 
-def _root(header: bytes, sums: bytes) -> bytes:
+def header_sum(header: bytes, sums: bytes) -> bytes:
+    """Checksum, as hex, of a header with a blank one and of the checksums of the blocks."""
     digest = xxhash.xxh3_128(len(header).to_bytes(8, "little"))
     digest.update(header)
     digest.update(sums)
     return digest.hexdigest().encode()
 
 
-class _Sums:
-    """Checksums of a stream, block by block."""
-
-    def __init__(self):
-        self.done, self._digest, self._room = bytearray(), xxhash.xxh3_128(), BLOCK
-
-    def update(self, data: memoryview):
-        while data:
-            piece, data = data[: self._room], data[self._room :]
-            self._digest.update(piece)
-            self._room -= len(piece)
-            if self._room == 0:
-                self._close()
-
-    def _close(self):
-        self.done += self._digest.digest()
-        self._digest, self._room = xxhash.xxh3_128(), BLOCK
-
-    def close(self) -> bytes:
-        if self._room < BLOCK:
-            self._close()
-        return bytes(self.done)
-
-
-def write_cache_file(
-    path: Path, metadata: dict, arrays: list, sums_name: str, ready: Callable = lambda: None
-):
-    """Write a file beside `path`, then give it that name; one array at a time is made contiguous.
-
-    Args:
-        metadata: Strings. arrays: [(name, mx.array), ...]. sums_name: A prefix for SUMS that makes
-            it the name of the last array. ready: Called before the file gets its name; may raise.
+def own_metadata(file: CacheFile) -> tuple:
+    """(our part of a file's metadata, class names of the cache, its scalars).
 
     Raises:
-        CacheError: It cannot be written; an older file is as it was.
+        CacheError: Another format. ValueError, KeyError, TypeError: Not what save_cache writes.
     """
-    target = path.expanduser().resolve()
-    known = [(n, _ITEM[x.dtype], x.shape, x.nbytes) for n, x in arrays]
-    header, need = _header(metadata, known, sums_name)
-    try:
-        _sweep(target)
-        free = shutil.disk_usage(target.parent).free
-        if need > free:
-            raise OSError(f"it takes {size(need)}, but only {size(free)} are free on this disk")
-        with _beside(target) as (part, f):
-            f.write(len(header).to_bytes(8, "little") + header)
-            sums = _Sums()
-            for _, x in arrays:
-                data = _data(x)
-                sums.update(data)
-                f.write(data)
-            table = sums.close()
-            f.write(table)
-            f.seek(8 + len(START))
-            f.write(_root(header, table))
-            f.flush()
-            os.fsync(f.fileno())
-            ready()
-            part.replace(target)
-        sync_folder(target.parent, files=False)
-    except (OSError, RuntimeError, ValueError) as e:
-        why = getattr(e, "strerror", None) or first_line(e)
+    own = json.loads(file.metadata[OWN])
+    if own["format"] != FORMAT:
         raise CacheError(
-            f"The prompt cache {target} cannot be written ({why}).",
-            "An older file there is unchanged.",
-        ) from e
-
-
-def _header(metadata: dict, arrays: list, sums_name: str) -> tuple:
-    """(header with a blank checksum, bytes of the whole file)."""
-    total = sum(a[3] for a in arrays)
-    blocks = -(-total // BLOCK)
-    table = (f"{sums_name}.{SUMS}", "U8", (blocks, SUM), blocks * SUM)
-    entries, at = {"__metadata__": {"0.check": "0" * 2 * SUM, **metadata}}, 0
-    for name, dtype, shape, nbytes in [*arrays, table]:
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
-        at += nbytes
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 64)
-    if len(header) > MAX_HEADER:
-        raise CacheError(f"The cache needs a header of {size(len(header))}, too much for a file.")
-    return header, 8 + len(header) + at
-
-
-def _data(x: Any) -> memoryview:
-    if x.size == 0:
-        return memoryview(b"")
-    x = mx.contiguous(x).reshape(-1).view(mx.uint8)
-    mx.eval(x)
-    return memoryview(x)
-
-
-@contextlib.contextmanager
-def _beside(target: Path) -> Iterator[tuple]:
-    """(path, open file) of a file beside the target; it is gone afterwards unless renamed."""
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    with part.open("x+b") as f:
-        try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells _sweep that we live
-            yield part, f
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def _sweep(target: Path):
-    """Remove what writers of this file left that were killed: nobody holds their lock."""
-    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        with contextlib.suppress(OSError), part.open("r+b") as f:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
+            f"{file.path} has format {own['format']}, expected {FORMAT}.",
+            "It was written by another version of hydra_mlx; use that one.",
+        )
+    n = sum(key.startswith("1.") for key in file.metadata)
+    classes = [file.metadata[f"1.{i}"] for i in range(n)]
+    m = sum(key.startswith("2.") for key in file.metadata) // 2  # the first, "", has no parts
+    scalars = [[file.metadata[f"2.{i}.{k}"] for k in (0, 1)] for i in range(1, m + 1)]
+    return own, classes, scalars

@@ -9,12 +9,14 @@ from mlx_lm.models import cache as stock
 
 from .checkpoints import Checkpoint, Checkpoints
 from .errors import CacheError
+from .kv_cache import HydraKVCache
 from .thinning import Calls
 
 
 def kinds() -> dict:
-    """{name: class} of all that a file may name: mlx-lm's classes, and ours once registered."""
+    """{name: class} of all that a file may name: mlx-lm's cache classes, and ours."""
     found = {n: c for n, c in vars(stock).items() if isinstance(c, type)}
+    found[HydraKVCache.__name__] = HydraKVCache
     return {n: c for n, c in found.items() if hasattr(c, "from_state") and n[0] != "_"}
 
 

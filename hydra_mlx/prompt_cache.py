@@ -21,16 +21,17 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as stock
 
-from .cache_file import AGAIN, CacheFile, write_cache_file
+from .cache_file import AGAIN, FORMAT, CacheFile, own_metadata
 from .cache_parts import pack, pack_checkpoints, unpack, unpack_checkpoints
+from .cache_write import write_cache_file
 from .checkpoints import Checkpoints
 from .errors import CacheError, HydraError, UsageError
+from .kv_cache import HydraKVCache
 from .prompts import SAME
 from .text import first_line
 
-FORMAT = 2
+KV = (HydraKVCache, stock.QuantizedKVCache)  # what may stand where a model makes a KVCache
 SAMPLES = 16  # values of each parameter that go into a model's fingerprint
-_OWN = "0.hydra"  # the metadata that is ours, as JSON
 
 
 @dataclass
@@ -170,30 +171,12 @@ def save_cache(path: str | os.PathLike, stored: StoredCache):
 
     # After the cache's n entries, where mlx-lm's loader does not look.
     arrays += [(f"{n}.{name}", x) for name, x in more]
+    arrays.sort(key=lambda a: a[1].nbytes)  # what `cache info` reads is in the first block then
     write_cache_file(Path(path), metadata, arrays, str(n), ready)
 
 
 def _raw(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8)
-
-
-def own_metadata(file: CacheFile) -> tuple:
-    """(our part of a file's metadata, class names of the cache, its scalars).
-
-    Raises:
-        CacheError: Another format. ValueError, KeyError, TypeError: Not what save_cache writes.
-    """
-    own = json.loads(file.metadata[_OWN])
-    if own["format"] != FORMAT:
-        raise CacheError(
-            f"{file.path} has format {own['format']}, expected {FORMAT}.",
-            "It was written by another version of hydra_mlx; use that one.",
-        )
-    n = sum(key.startswith("1.") for key in file.metadata)
-    classes = [file.metadata[f"1.{i}"] for i in range(n)]
-    m = sum(key.startswith("2.") for key in file.metadata) // 2  # the first, "", has no parts
-    scalars = [[file.metadata[f"2.{i}.{k}"] for k in (0, 1)] for i in range(1, m + 1)]
-    return own, classes, scalars
 
 
 def load_cache(path: str | os.PathLike, model: Any = None) -> StoredCache:
@@ -255,7 +238,7 @@ def check_model(stored: StoredCache, model: Any):
         )
     fresh = stock.make_prompt_cache(model)
     same = len(fresh) == len(stored.cache) and all(
-        type(a) is type(b) or isinstance(b, stock.QuantizedKVCache)
+        type(a) is type(b) or (type(a) is stock.KVCache and isinstance(b, KV))
         for a, b in zip(fresh, stored.cache)  # noqa: B905 (same length)
     )
     offsets = {int(c.offset) for c in stored.cache if hasattr(c, "offset")}

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import cli
 from .errors import UsageError
-from .text import count, first_line
+from .text import count, first_line, join
 
 SAME = "the prompt ends where it ends, and the last token must be read again"
 # ChatML: what transformers once used for a tokenizer without a template of its own.
@@ -78,8 +78,14 @@ def parse_template_config(text: str | None) -> dict:
     return value
 
 
-def chat_messages(prompt: str, options: ChatOptions, history: Sequence = ()) -> list:
+def chat_messages(
+    prompt: str, options: ChatOptions, history: Sequence = (), open_turn: bool = False
+) -> list:
     """The conversation with a new user turn: [{"role": ..., "content": ...}, ...].
+
+    Args:
+        open_turn: The last message is a document: the prompt goes on with it, a blank line
+            between, unless it begins with the document itself.
 
     Raises:
         UsageError: The conversation so far has another system prompt.
@@ -94,6 +100,9 @@ def chat_messages(prompt: str, options: ChatOptions, history: Sequence = ()) -> 
                 "Leave it out, take another cache file, or start anew with "
                 "--prompt-cache-overwrite.",
             )
+    if open_turn:
+        document = messages.pop()["content"]
+        prompt = prompt if prompt.startswith(document) else join(document, prompt)
     return [*messages, {"role": "user", "content": prompt}]
 
 
@@ -213,12 +222,13 @@ class Request:
         if processed == 0:
             return 0
         ids = [*self.cached, *self.rest[:processed], *tokens]
-        messages = self.messages
+        messages, open_turn = self.messages, False
         if processed < len(self.rest):  # interrupted: this turn has not happened yet
             known = self.stored if self.cached else None
             text, text_tokens = (known.text, known.text_tokens) if known else ("", 0)
             if messages is not None:
                 messages = self.stored.messages if self.stored else []
+                open_turn = bool(self.stored and self.stored.open_turn)
         else:
             ended = bool(tokens) and tokens[-1] in tokenizer.eos_token_ids
             # All of it, a stop string too: the conversation is what the model has read.
@@ -227,9 +237,9 @@ class Request:
             text_tokens = len(ids)
             if messages is not None and self.max_tokens != 0:
                 messages = [*messages, {"role": "assistant", "content": prefill + said}]
-        stored = StoredCache(
-            cache, ids, text, text_tokens, messages, self.fingerprint or fingerprint(model), label
-        )
+        mark = self.fingerprint or fingerprint(model)
+        stored = StoredCache(cache, ids, text, text_tokens, messages, mark, label)
+        stored.open_turn = open_turn
         save_cache(path, stored)
         return len(ids)
 
@@ -251,7 +261,8 @@ def plan(
     stored = open_cache(args, active)
     messages = None
     if active:
-        messages = chat_messages(prompt, chat, stored.messages if stored else ())
+        history, open_turn = (stored.messages, stored.open_turn) if stored else ((), False)
+        messages = chat_messages(prompt, chat, history, open_turn)
         prompt = render(tokenizer, messages, chat, args.max_tokens != 0)
     bos = tokenizer.bos_token
     ids = encode(tokenizer, prompt, not active and not (bos and prompt.startswith(bos)))
