@@ -106,23 +106,24 @@ class Pool:
         """A sequence with as much of a prompt as is known.
 
         An entry that the prompt goes on from is moved, layer by layer. Another is copied and stays,
-        if there is memory for both.
+        if there is memory for it besides the copy.
 
         Args:
             tokens: Of the prompt. room: Rows to allocate at least.
-            spare: Bytes that may be held besides the entries; None is no limit.
+            spare: Bytes that entries may hold from now on; None is the limit.
 
         Returns:
             (CachedSequence, links to what it shares with entries).
         """
         sequence = self.fresh()
         entry, kept = self.match(tokens)
+        if spare is not None:
+            self.trim(spare, entry)
         if entry is None:
             return sequence, ()
         entry.used = self._tick()
         links, gone = _cut(entry.links, kept), set()
-        nbytes = sum(self.segments[key].nbytes * n // self.segments[key].n for key, n in links)
-        if kept == len(entry.tokens) or (spare is not None and nbytes > spare):
+        if kept == len(entry.tokens) or (spare is not None and self.nbytes > spare):
             self.entries.remove(entry)
             gone = {key for key, _ in links} - self._longest().keys()
         points = entry.checkpoints.fork()
@@ -164,10 +165,13 @@ class Pool:
         self.trim(self.limit)
         return known
 
-    def trim(self, nbytes: int):
-        """Let the least recently used go until no more than so many bytes are held."""
-        while self.entries and self.nbytes > nbytes:
-            self.entries.remove(min(self.entries, key=lambda e: e.used))
+    def trim(self, nbytes: int, but: Entry | None = None):
+        """Let the least recently used go, but one, until no more than so many bytes are held."""
+        while self.nbytes > nbytes:
+            rest = [e for e in self.entries if e is not but]
+            if not rest:
+                return
+            self.entries.remove(min(rest, key=lambda e: e.used))
             self.evicted += 1
             self._settle()
 

@@ -10,7 +10,8 @@ from typing import Any
 from . import prompts
 from .errors import HydraError
 from .sampling import prompt_ids
-from .server_request import ApiError, Ask
+from .server_fields import ApiError
+from .server_request import Ask
 
 MARKS = 3  # turn boundaries that are marked: the system prompt's end, the last messages'
 

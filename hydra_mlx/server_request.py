@@ -6,12 +6,12 @@ that cannot be honoured is refused; a null counts as absent, as it does there.
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import UsageError
 from .sampling import SamplingOptions
+from .server_fields import ApiError, Fields, bad
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MOST_TOP_LOGPROBS = 20
@@ -21,36 +21,6 @@ IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention",
 )  # fmt: skip
-
-
-class ApiError(Exception):
-    """A refusal, as a client gets it.
-
-    Args:
-        status: Of HTTP. message: For people. code, param, kind: As in OpenAI's error objects.
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        param: str | None = None,
-        kind: str = "invalid_request_error",
-    ):
-        super().__init__(message)
-        self.status, self.message = status, message
-        self.code, self.param, self.kind = code, param, kind
-
-    def body(self) -> dict:
-        """The object to send."""
-        inner = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
-        return {"error": inner}
-
-
-def bad(param: str, message: str) -> ApiError:
-    """A field that is wrong."""
-    return ApiError(400, message, "invalid_value", param)
 
 
 @dataclass(frozen=True)
@@ -89,26 +59,6 @@ class Ask:
     template: dict = field(default_factory=dict)
 
 
-def parse_json(raw: bytes) -> dict:
-    """The object in a body.
-
-    Raises:
-        ApiError: It is not one.
-    """
-
-    def constant(name: str):
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=constant)
-    except (ValueError, RecursionError) as e:
-        why = "it nests too deeply" if isinstance(e, RecursionError) else e
-        raise ApiError(400, f"The body is not valid JSON: {why}.", "invalid_json") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, "The body must be a JSON object.", "invalid_json")
-    return body
-
-
 def parse(path: str, body: dict, defaults: Defaults) -> Ask:
     """The request in a JSON object.
 
@@ -116,7 +66,7 @@ def parse(path: str, body: dict, defaults: Defaults) -> Ask:
         ApiError: Anything that is wrong with it.
     """
     chat = path != TEXT
-    fields = _Fields({k: v for k, v in body.items() if v is not None and k not in IGNORED})
+    fields = Fields({k: v for k, v in body.items() if v is not None and k not in IGNORED})
     ask = {
         "chat": chat,
         "model": fields.text("model", "default_model"),
@@ -127,7 +77,7 @@ def parse(path: str, body: dict, defaults: Defaults) -> Ask:
     usage = fields.object("stream_options")
     if usage and not ask["stream"]:
         raise bad("stream_options", "stream_options needs stream to be true.")
-    inner = _Fields(usage, "stream_options.")
+    inner = Fields(usage, "stream_options.")
     ask["include_usage"] = inner.flag("include_usage")
     inner.flag("include_obfuscation")
     inner.refuse_rest()
@@ -156,55 +106,7 @@ def parse(path: str, body: dict, defaults: Defaults) -> Ask:
     return Ask(**ask)
 
 
-class _Fields:
-    """Takes fields out of an object, one type each; what is left at the end nobody knows."""
-
-    def __init__(self, values: dict, prefix: str = ""):
-        self.values, self.prefix = dict(values), prefix
-
-    def take(self, name: str, default: Any, fits: Callable, expected: str) -> Any:
-        if name not in self.values:
-            return default
-        value = self.values.pop(name)
-        if not fits(value):
-            shown = json.dumps(value)
-            shown = shown if len(shown) <= 60 else shown[:57] + "..."
-            raise bad(self.prefix + name, f"{self.prefix}{name} is {shown}, expected {expected}.")
-        return value
-
-    def text(self, name: str, default: str) -> str:
-        return self.take(name, default, lambda x: isinstance(x, str) and len(x) <= 1000, "text")
-
-    def flag(self, name: str) -> bool:
-        return self.take(name, False, lambda x: isinstance(x, bool), "true or false")
-
-    def object(self, name: str) -> dict:
-        return self.take(name, {}, lambda x: isinstance(x, dict), "an object")
-
-    def whole(self, name: str, default: Any, low: int, high: int = 2**53) -> Any:
-        limit = f"a whole number of {low} or more"
-        limit = limit if high >= 2**53 else f"a whole number from {low} to {high}"
-        return self.take(name, default, lambda x: type(x) is int and low <= x <= high, limit)
-
-    def number(self, name: str, default: Any, low: float, high: float) -> Any:
-        def fits(x):
-            return type(x) in (int, float) and math.isfinite(x) and low <= x <= high
-
-        return self.take(name, default, fits, f"a number from {low} to {high}")
-
-    def only(self, name: str, value: Any):
-        def fits(x):
-            return type(x) is type(value) and x == value
-
-        self.take(name, value, fits, f"{json.dumps(value)}, or to be left out")
-
-    def refuse_rest(self):
-        for name in self.values:
-            full = (self.prefix + name)[:100]
-            raise ApiError(400, f"Unknown field: {full}.", "unknown_parameter", full)
-
-
-def _stop(fields: _Fields) -> tuple:
+def _stop(fields: Fields) -> tuple:
     def fits(x):
         many = [x] if isinstance(x, str) else x
         return isinstance(many, list) and len(many) <= 16 and all(
@@ -215,7 +117,7 @@ def _stop(fields: _Fields) -> tuple:
     return (found,) if isinstance(found, str) else tuple(found)
 
 
-def _messages(fields: _Fields) -> list:
+def _messages(fields: Fields) -> list:
     found = fields.take("messages", None, lambda x: isinstance(x, list) and x, "a list of messages")
     if found is None:
         raise ApiError(400, "messages is missing.", "missing_required_parameter", "messages")
@@ -225,6 +127,7 @@ def _messages(fields: _Fields) -> list:
         if not isinstance(m, dict) or m.get("role") not in ROLES:
             raise bad(where, f"{where} must be an object with a role: {', '.join(ROLES)}.")
         m = {k: v for k, v in m.items() if v is not None}
+        m["role"] = "system" if m["role"] == "developer" else m["role"]
         m["content"] = _content(m.get("content", ""), where)
         calls = m.get("tool_calls", [])
         if not isinstance(calls, list) or not all(_is_call(c) for c in calls):
@@ -258,7 +161,7 @@ def _is_call(call: Any) -> bool:
         return False
 
 
-def _tools(fields: _Fields) -> list | None:
+def _tools(fields: Fields) -> list | None:
     def fits(x):
         return isinstance(x, list) and all(
             isinstance(t, dict)
@@ -277,7 +180,7 @@ def _tools(fields: _Fields) -> list | None:
     return None if choice == "none" else tools or None
 
 
-def _prompt(fields: _Fields) -> Any:
+def _prompt(fields: Fields) -> Any:
     def fits(x):
         if isinstance(x, str):
             return True
@@ -291,7 +194,7 @@ def _prompt(fields: _Fields) -> Any:
     return found[0] if isinstance(found, list) and isinstance(found[0], str) else found
 
 
-def _options(fields: _Fields, defaults: Defaults) -> SamplingOptions:
+def _options(fields: Fields, defaults: Defaults) -> SamplingOptions:
     def bias(x):
         try:
             return isinstance(x, dict) and all(
