@@ -48,6 +48,8 @@ def parse_json(raw: bytes) -> dict:
 
     try:
         body = json.loads(raw.decode("utf-8"), parse_constant=constant)
+        if b"\\u" in raw:  # half a surrogate pair is no text
+            json.dumps(body, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as e:
         why = "it nests too deeply" if isinstance(e, RecursionError) else e
         raise ApiError(400, f"The body is not valid JSON: {why}.", "invalid_json") from None
