@@ -10,7 +10,7 @@ from .memory_plan import plan_of
 from .server_fields import ApiError
 from .text import size
 
-BATCH = 4  # of a row in a batch: padding to twice its length, and a copy while others join
+SHORT = 1024  # tokens up to which the lengths of rows in a batch do not matter
 
 
 @dataclass
@@ -37,13 +37,24 @@ class Memory:
 
     def solo(self, tokens: int) -> bool:
         """Whether a reply that ends at so many tokens is decoded alone."""
-        return tokens * self.token_bytes >= self.alone
+        if tokens * self.token_bytes >= self.alone:
+            return True
+        return self.room is not None and self._rows(tokens, False) > self.room // 4
 
-    def needs(self, tokens: int) -> int:
-        """Bytes of a request of so many tokens, prompt and reply."""
-        rows = -(-tokens // STEP) * STEP * self.token_bytes * (1 if self.solo(tokens) else BATCH)
+    def needs(self, tokens: int, solo: bool | None = None) -> int:
+        """Bytes of a request of so many tokens, prompt and reply.
+
+        Args:
+            solo: Whether it is decoded alone; None: as solo() has it.
+        """
+        rows = self._rows(tokens, self.solo(tokens) if solo is None else solo)
         kept = min(self.points, tokens // self.every + 1)
-        return int(rows) + self.fixed + kept * self.point_bytes
+        return rows + self.fixed + kept * self.point_bytes
+
+    def _rows(self, tokens: int, solo: bool) -> int:
+        """Bytes of keys and values; in a batch with padding, and a copy while others join."""
+        rows = tokens if solo else 2 * max(2 * tokens, tokens + SHORT)
+        return int(-(-rows // STEP) * STEP * self.token_bytes)
 
     @property
     def room(self) -> int | None:
@@ -56,11 +67,11 @@ class Memory:
         if self.room is None:
             return self.max_context
         low, high = 0, 1
-        while self.needs(high) <= self.room and high < 2**40:
+        while self.needs(high, True) <= self.room and high < 2**40:
             high *= 2
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.needs(middle) <= self.room else (low, middle)
+            low, high = (middle, high) if self.needs(middle, True) <= self.room else (low, middle)
         return low if self.max_context is None else min(low, self.max_context)
 
     def reply_room(self, prompt: int, asked: int | None, default: int) -> int:

@@ -13,14 +13,16 @@ from mlx_lm.generate import generation_stream
 
 from .batch import Batch
 from .server_job import Job
-
-SHORT = 1024  # tokens up to which lengths do not matter
+from .server_memory import SHORT
 
 
 def fits(lengths: Sequence, new: int) -> bool:
-    """Whether a row of `new` tokens may join rows of these lengths: padding up to half of all."""
-    longest = max([*lengths, new])
-    return longest <= SHORT or longest * (len(lengths) + 1) <= 2 * (sum(lengths) + new)
+    """Whether a row of `new` tokens may join rows of these lengths.
+
+    Then no row is ever padded to more than twice its tokens, or SHORT more: all grow alike.
+    """
+    both = [*lengths, new]
+    return max(both) <= max(SHORT, 2 * min(both))
 
 
 class Together:
