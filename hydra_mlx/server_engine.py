@@ -186,6 +186,12 @@ class Engine:
 
     def _keep(self, job: Job):
         job.links = self.pool.put(job.sequence, job.links)
+        self._make_room()
+
+    def _make_room(self):
+        room = self.memory.room
+        if room is not None:
+            self.pool.trim(max(0, room - self.used))
 
     def _begin(self, job: Job):
         n, room = len(job.ids), self.memory.room
@@ -258,6 +264,7 @@ class Engine:
         sequence, job.sequence = job.sequence, None
         if sequence is not None:
             self.pool.put(sequence, job.links, release=True)
+            self._make_room()
 
     def _release(self, job: Job):
         self.used -= job.nbytes if job.admitted else 0

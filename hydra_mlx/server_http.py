@@ -197,6 +197,8 @@ class Handler(APIHandler):
                 raise event
             if event is None and self._gone():
                 raise ConnectionResetError
+            if event is None and not self.service.engine.healthy:
+                raise ApiError(503, "The server is stopping.", "stopping", kind="server_error")
             if isinstance(event, Progress) or event is None:
                 if stream and time.monotonic() - told > (ALIVE_S if event is None else 0):
                     told = time.monotonic()

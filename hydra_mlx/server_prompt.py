@@ -9,8 +9,8 @@ from typing import Any
 
 from . import prompts
 from .errors import HydraError
-from .sampling import prompt_ids
-from .server_fields import ApiError
+from .sampling import prompt_ids, vocab_size
+from .server_fields import ApiError, bad
 from .server_request import Ask
 
 MARKS = 3  # turn boundaries that are marked: the system prompt's end, the last messages'
@@ -47,8 +47,9 @@ class PromptMaker:
         """The prompt of a request.
 
         Raises:
-            ApiError: The template fails, or there is nothing to read.
+            ApiError: The template fails, there is nothing to read, or tokens that do not exist.
         """
+        self._check(ask)
         with self._lock:
             try:
                 if ask.chat:
@@ -56,6 +57,18 @@ class PromptMaker:
                 return Prompt(prompt_ids(self.model, self.tokenizer, ask.prompt))
             except HydraError as e:
                 raise ApiError(400, e.message, "invalid_prompt") from None
+
+    def _check(self, ask: Ask):
+        V, options = vocab_size(self.model), ask.options
+        if V is None:
+            return
+        worst = max(options.logit_bias or (0,))
+        if worst >= V:
+            raise bad("logit_bias", f"logit_bias names token {worst}; the last one is {V - 1}.")
+        if options.top_k >= V:
+            raise bad(
+                "top_k", f"top_k is {options.top_k}, expected below {V}, the tokens there are."
+            )
 
     def _chat(self, ask: Ask) -> Prompt:
         tokenizer = self.tokenizer

@@ -293,6 +293,9 @@ BAD = [
     ({"prompt": "a", "model": 7}, "model"),
     ({"prompt": "a", "messages": []}, "messages"),
     ({"prompt": "a", "frobnicate": 1}, "frobnicate"),
+    ({"prompt": "a", "logit_bias": {"260": 1}}, "logit_bias"),
+    ({"prompt": "a", "top_k": 260, "temperature": 1}, "top_k"),
+    ({"prompt": [260]}, None),
 ]
 BAD_CHAT = [
     ({}, "messages"),
