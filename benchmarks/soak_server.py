@@ -193,10 +193,10 @@ def rss(pid: int) -> int:
     return 0
 
 
-def health(port: int) -> dict:
-    """/health of the server."""
+def stats(port: int) -> dict:
+    """/stats of the server."""
     c = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
-    c.request("GET", "/health")
+    c.request("GET", "/stats")
     found = json.loads(c.getresponse().read())
     c.close()
     return found
@@ -238,7 +238,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
         if process.poll() is not None:
             soak.fault(f"the server has ended with {process.returncode}")
             break
-        now = health(port)
+        now = stats(port)
         samples.append((rss(process.pid), now["active_bytes"], now["cached_bytes"]))
     for t in threads:
         t.join()
@@ -246,7 +246,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict:
     last = {}
     if process.poll() is None:
         for _ in range(100):
-            last = health(port)
+            last = stats(port)
             if not last["running"] + last["waiting"]:
                 break
             time.sleep(0.1)

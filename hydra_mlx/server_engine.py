@@ -92,7 +92,7 @@ class Engine:
         return self._thread.is_alive() and not self._stopped
 
     def figures(self) -> dict:
-        """What is going on, for /health."""
+        """What is going on, for /stats."""
         return {
             "running": len(self._reading) + sum(len(g.jobs) for g in list(self._groups)),
             "waiting": len(self._waiting),
@@ -123,6 +123,9 @@ class Engine:
         error = ApiError(503, "The server is stopping.", "stopping", kind="server_error")
         for job in self._all():
             job.events.put(error)
+        for group in self._groups:  # in this thread, whose streams they use
+            self._guarded([], lambda group=group: group.leave(list(group.jobs)))
+        self._groups = []
         mx.synchronize()
         mx.clear_streams()
 

@@ -73,7 +73,7 @@ class Handler(APIHandler):
     # ------------------------------------------------------------------------------- requests
 
     def do_GET(self):  # noqa: N802
-        """/v1/models, /v1/models/NAME and /health."""
+        """/v1/models, /v1/models/NAME, /health and /stats."""
         self._answer(self._get)
 
     def do_POST(self):  # noqa: N802
@@ -124,7 +124,9 @@ class Handler(APIHandler):
         if path == "/health":
             healthy = self.service.engine.healthy
             state = {"status": "ok" if healthy else "unavailable"}
-            self._send(200 if healthy else 503, {**state, **self.service.engine.figures()})
+            self._send(200 if healthy else 503, state)
+        elif path == "/stats":
+            self._send(200, self.service.engine.figures())
         elif path in ("/v1/models", "/models"):
             found = [self._model(name) for name in self.service.names]
             self._send(200, {"object": "list", "data": found})

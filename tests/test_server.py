@@ -209,7 +209,9 @@ def test_models(served, client):
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nope")
     status, health = served.request("GET", "/health")
-    assert status == 200 and health["status"] == "ok"
+    assert status == 200 and health == {"status": "ok"}
+    status, found = served.request("GET", "/stats")
+    assert status == 200 and found["cached_bytes"] == served.engine.pool.nbytes
 
 
 def test_alias(tiny_model_dir, tiny):
@@ -435,3 +437,21 @@ def test_an_error_in_the_model_is_an_answer(tiny_model_dir, monkeypatch):
         assert s.complete("abc", max_tokens=4)["choices"][0]["text"] == before
         s.quiet()
         assert s.engine.used == 0 and s.engine.healthy
+
+
+def test_a_server_that_stops(tiny_model_dir, tiny):
+    """What is under way ends with an error, what comes is refused, health says so."""
+    with serving(tiny_model_dir, model=tiny) as s:
+        ask = {"prompt": "go", "max_tokens": 3000, "logit_bias": {"257": -100}}
+        under_way = s.open({**ask, "stream": True})
+        r = under_way.getresponse()
+        assert r.readline()
+        whole = s.open(ask)
+        while s.engine.figures()["running"] < 2:
+            time.sleep(0.01)
+        s.engine.stop()
+        assert b'"stopping"' in r.read()
+        assert whole.getresponse().status == 503
+        status, found = s.request("POST", "/v1/completions", {"prompt": "a"})
+        assert status == 503 and found["error"]["code"] == "stopping"
+        assert s.request("GET", "/health") == (503, {"status": "unavailable"})
