@@ -29,8 +29,8 @@ version of it, or asks something else about the same document is read from where
 usage tells the tokens that were reused as cached_tokens. Sequences that share a beginning share
 its memory. --cache-memory bounds it; what was not used for longest is given up first.
 
-Endpoints: /v1/chat/completions, /v1/completions, /v1/models, /health, /stats. Any model name is taken,
-unless --alias says which. Ctrl-C ends the server.
+Endpoints: /v1/chat/completions, /v1/completions, /v1/models, /health, /stats. Any model name is
+taken, unless --alias says which. Ctrl-C ends the server.
 """
 
 
