@@ -126,7 +126,7 @@ def main() -> int:
     print(f"{args.tokens} tokens, one sentence replaced (100 %: another question only)")
     print("  first token: seconds (of the processor)")
     print(
-        "  at %   tail   recomputed   stock           ours            stock             anew   equal"
+        "  at %   tail   recomputed   stock           ours            stock            anew   equal"
     )
     for r in result["edits"]:
         times = "".join(
