@@ -83,6 +83,7 @@ class HydraModel(nn.Module):
         inputs: mx.array,
         cache: list | None = None,
         input_embeddings: mx.array | None = None,
+        kept: list | None = None,
     ) -> mx.array:
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         layout = self.layout
@@ -97,6 +98,7 @@ class HydraModel(nn.Module):
             create_attention_mask(h, counter),
             create_ssm_mask(h, arrays),
             None if self.training else backend(),
+            kept,
         )
         for layer, kv, ar in zip(self.layers, layout.kv, layout.arrays):  # noqa: B905
             h = layer(
@@ -140,7 +142,10 @@ class Model(nn.Module):
         Returns:
             [B, T, V].
         """
-        h = self.model(inputs, cache, input_embeddings)
+        return self.head(self.model(inputs, cache, input_embeddings))
+
+    def head(self, h: mx.array) -> mx.array:
+        """Logits [B, T, V] of hidden states [B, T, E]."""
         if self.args.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(h)
         return self.lm_head(h)
