@@ -76,14 +76,14 @@ class Checkpoints:
 
     @classmethod
     def within(
-        cls, args: HydraArgs, budget: int, context: int, step: int = 512, dtype="float32",
-        itemsize: int = 2,
+        cls, args: HydraArgs, budget: int, context: int | None = None, step: int = 512,
+        dtype="float32", itemsize: int = 2,
     ) -> "Checkpoints":  # fmt: skip
         """Checkpoints that take at most `budget` bytes at any length.
 
         One is the latest state, float32. Of the others a quarter, at most MARKS, is for marks, the
-        rest is M. N is `step`, halved down to FINEST as long as an even grid over `context` tokens
-        needs no thinning.
+        rest is M. N is `step`; where a context is given, halved down to FINEST as long as an even
+        grid over so many tokens needs no thinning.
 
         Args:
             step: Tokens of a prefill call. itemsize: Bytes of a conv tail's number.
@@ -101,8 +101,8 @@ class Checkpoints:
                 f"{size(budget)} for checkpoints, but one takes {size(one)}.",
                 f"Give {size(latest + 2 * one)} or more, or keep them as bfloat16.",
             )
-        every = step
-        while every % 2 == 0 and every // 2 >= FINEST and context <= every // 2 * (most // 2):
+        every, even = step, most // 2
+        while context and every % 2 == 0 and every // 2 >= FINEST and context <= every // 2 * even:
             every //= 2
         return cls(every, most, marks, dtype)
 
@@ -133,10 +133,12 @@ class Checkpoints:
                 f"The cache holds {now} tokens, but its checkpoints go to {before}.",
                 "Use rollback to go back.",
             )
+        slots = slots_of(cache)
         if now > before:
+            self._latest = None  # broken off in the next lines, nothing but a replay is right
             self.calls.add(now - before)
             self.furthest = max(self.furthest, now)
-        self._latest = slots_of(cache)
+        self._latest = slots
         # A call over several lines stands for the one that thinning keeps longest.
         line = max(range(before // N + 1, now // N + 1), key=level_of, default=None)
         if now == 0 or not (mark or line is not None):
@@ -146,6 +148,21 @@ class Checkpoints:
         else:
             self._held.append(Checkpoint(now, line, mark, self._stored()))
         self._thin()
+
+    def adopt(self, tokens: int, cache: list):
+        """Begin with a cache whose calls are unknown: they count as calls of N tokens.
+
+        Raises:
+            CacheError: Something was noted before.
+        """
+        if self.calls.end:
+            raise CacheError(f"The checkpoints go to {self.calls.end}, expected new ones.")
+        for _ in range(tokens // self.grid.every):
+            self.calls.add(self.grid.every)
+        if tokens % self.grid.every:
+            self.calls.add(tokens % self.grid.every)
+        self.furthest = tokens
+        self._latest = slots_of(cache)
 
     def _stored(self) -> tuple:
         dtype = DTYPES[self.dtype]

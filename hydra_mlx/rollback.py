@@ -16,17 +16,50 @@ between are read again. How exact that is:
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
-from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
+from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, make_prompt_cache
 
-from .cache import CONV, STATE, make_cache
-from .checkpoints import Checkpoint, Checkpoints
+from .cache import CONV, STATE
+from .checkpoints import Checkpoint, Checkpoints, slots_of
+from .config import HydraArgs
 from .errors import CacheError, UsageError
+
+KINDS = (KVCache, QuantizedKVCache, ArraysCache)  # what can go back
+BLOCK = 4096  # ids compared at a time
+
+
+def obstacle(model: Any, cache: list) -> str:
+    """Why the cache of this model can only be extended; empty where it can go back."""
+    odd = sorted({type(c).__name__ for c in cache if type(c) not in KINDS})
+    if odd:
+        return f"a cache with {', '.join(odd)}"
+    states = any(isinstance(c, ArraysCache) for c in cache)
+    if states and not isinstance(getattr(model, "args", None), HydraArgs):
+        return f"the states of {type(model).__module__.rsplit('.', 1)[-1]}"
+    return ""
+
+
+def call_ends(start: int, stop: int, step: int | None, every: int) -> Iterator[tuple]:
+    """(from, to) of the calls that read from `start` to `stop`.
+
+    They end at multiples of `step` (None is `every`) and of `every`, whatever the start.
+
+    Raises:
+        UsageError: step is below 1.
+    """
+    step = every if step is None else step
+    if step < 1:
+        raise UsageError(f"step is {step}, expected 1 or more.")
+    a = start
+    while a < stop:
+        b = min((a // step + 1) * step, (a // every + 1) * every, stop)
+        yield a, b
+        a = b
 
 
 def append(
@@ -50,23 +83,17 @@ def append(
     Raises:
         CacheError, UsageError: As rollback, or step is below 1.
     """
-    N = checkpoints.grid.every
-    step = N if step is None else step
-    if step < 1:
-        raise UsageError(f"step is {step}, expected 1 or more.")
     start = _offsets(model, cache)[1]
     if start != checkpoints.calls.end:
         raise CacheError(
             f"The cache holds {start} tokens, but its checkpoints end at {checkpoints.calls.end}.",
             "Call note after each forward call.",
         )
-    ids, a, logits = _ids(tokens), start, None
+    ids, logits = _ids(tokens), None
     stop = start + len(ids)
-    while a < stop:
-        b = min((a // step + 1) * step, (a // N + 1) * N, stop)
+    for a, b in call_ends(start, stop, step, checkpoints.grid.every):
         logits = _forward(model, cache, ids[a - start : b - start])[:, -1]
         checkpoints.note(cache, mark and b == stop)
-        a = b
     if start == stop and mark:
         checkpoints.note(cache, True)
     return logits
@@ -110,11 +137,34 @@ def rollback(
     if len(tokens) < position:
         raise UsageError(f"{len(tokens)} token ids, expected at least {position} to go back there.")
     if most == end:
-        some, every = checkpoints.moved(cache) if end else (False, False)
+        some, every = checkpoints.moved(cache) if end else (not _stateless(cache), False)
         if every:
             raise CacheError("The checkpoints belong to another cache: none of its states is here.")
         if position == end and not some:
             return 0
+    return _go_back(model, cache, checkpoints, tokens, position, exact)
+
+
+def undo(model: Any, cache: list, checkpoints: Checkpoints, tokens: Sequence):
+    """Return a cache to the last note, for nothing unless a rollback itself was broken off.
+
+    For a caller that knows the checkpoints are of this cache: rollback cannot tell another cache
+    from one whose every state has moved, but whose offsets have not.
+
+    Args:
+        tokens: As in rollback.
+    """
+    _go_back(model, cache, checkpoints, tokens, checkpoints.calls.end, True)
+
+
+def _go_back(
+    model: Any,
+    cache: list,
+    checkpoints: Checkpoints,
+    tokens: Sequence,
+    position: int,
+    exact: bool,
+) -> int:
     point = checkpoints.nearest(position)
     start = 0 if point is None else point.position
     if exact:
@@ -135,9 +185,12 @@ def rollback(
 def common_prefix(tokens: Sequence, cached_tokens: Sequence) -> int:
     """How many ids two sequences begin with alike."""
     n = min(len(tokens), len(cached_tokens))
-    a, b = (np.asarray(x[:n], np.int64) for x in (tokens, cached_tokens))
-    different = np.flatnonzero(a != b)
-    return int(different[0]) if different.size else n
+    for i in range(0, n, BLOCK):
+        a, b = (np.asarray(x[i : min(i + BLOCK, n)], np.int64) for x in (tokens, cached_tokens))
+        different = np.flatnonzero(a != b)
+        if different.size:
+            return i + int(different[0])
+    return n
 
 
 def keepable(checkpoints: Checkpoints, old_tokens: Sequence, new_tokens: Sequence) -> int:
@@ -207,32 +260,36 @@ def _offsets(model: Any, cache: list) -> tuple:
     Raises:
         CacheError: A batch, or a cache of another model or kind.
     """
-    kinds = [ArraysCache if isinstance(c, ArraysCache) else KVCache for c in make_cache(model.args)]
-    allowed = (KVCache, QuantizedKVCache, ArraysCache)
-    odd = sorted({type(c).__name__ for c in cache if type(c) not in allowed})
-    if odd:
-        raise CacheError(f"A cache with {', '.join(odd)} cannot go back: expected one sequence.")
-    same = len(kinds) == len(cache) and all(
-        (k is ArraysCache) == isinstance(c, ArraysCache) for k, c in zip(kinds, cache, strict=True)
+    why = obstacle(model, cache)
+    if why:
+        raise CacheError(f"{why[0].upper()}{why[1:]} cannot go back: expected one sequence.")
+    fresh = make_prompt_cache(model)
+    same = len(fresh) == len(cache) and all(
+        isinstance(a, ArraysCache) == isinstance(b, ArraysCache)
+        for a, b in zip(fresh, cache, strict=True)
     )
     if not same:
-        raise CacheError(f"A cache of {len(cache)} parts is not of this model ({len(kinds)}).")
-    args = model.args
+        raise CacheError(f"A cache of {len(cache)} parts is not of this model ({len(fresh)}).")
+    D = getattr(getattr(model, "args", None), "head_dim", None)
     for c in cache:
         if isinstance(c, ArraysCache):
-            x, D = c[STATE], args.head_dim
+            x = c[STATE]
             fits = x is None or x.shape[-2:] == (D, D)
             whole = c.lengths is None and c.left_padding is None
         else:
             x = c.keys[1] if isinstance(c.keys, tuple | list) else c.keys
-            fits = x is None or x.shape[-1] * getattr(c, "group_size", 1) == args.head_dim
-            whole = True
+            width = None if x is None or D is None else x.shape[-1] * getattr(c, "group_size", 1)
+            fits, whole = width in (None, D), True
         if not whole or (x is not None and x.shape[0] != 1):
             raise CacheError("A batch cannot go back: expected a cache of one sequence.")
         if not fits:
             raise CacheError("The cache is of another model: its head size differs.")
     offsets = [c.offset for c in cache if not isinstance(c, ArraysCache)]
     return min(offsets), max(offsets)
+
+
+def _stateless(cache: list) -> bool:
+    return all(x is None for pair in slots_of(cache) for x in pair)
 
 
 def _restore(cache: list, point: Checkpoint | None, position: int):

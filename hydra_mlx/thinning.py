@@ -94,8 +94,7 @@ class Calls:
 
     def cut(self, position: int):
         """Forget what came after a position."""
-        self._runs = [r for r in self._runs if r[0] < position]
-        self.end = position
+        self._runs, self.end = [r for r in self._runs if r[0] < position], position
 
     def between(self, start: int, stop: int) -> Iterator[tuple]:
         """(from, to) of the calls from `start`, itself a beginning, the last cut at `stop`."""
