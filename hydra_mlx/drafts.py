@@ -5,22 +5,23 @@ guesses, the reply is the same; only the speed depends on it. Lengths follow fro
 and wrong guesses alone, never from the clock, so that a run can be repeated.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache
 
+from .cache import CONV, STATE
 from .checkpoints import slots_of
 from .errors import UsageError
 from .ngrams import LONGEST, Ngrams
-from .trial import check
 
 MOST = 7  # a pass is one known token and the draft; the kernels take 8
 # What a further token of a pass costs, of a pass over one: see docs/speculative.md.
-EACH = 0.12
+EACH = 0.11
+EVERY = 512  # tokens that a draft model reads at once
 FADE = 0.97  # of counts, a guess
 RETRY = 0.99  # of the way back to the prior, a step without a guess
 
@@ -86,8 +87,6 @@ class LookupDrafts:
         most: Tokens of a draft, 1 to 7. least: Tokens that must match.
     """
 
-    sampled = False  # its guesses are not drawn from a distribution
-
     def __init__(self, most: int = MOST, least: int = 2):
         check_most(most)
         self.most, self.least = most, least
@@ -95,19 +94,20 @@ class LookupDrafts:
         priors = {2: (1, 2), 3: (1, 1), 4: (2, 1), 8: (4, 1), 16: (8, 1)}
         self.odds = Odds(priors, EACH)
         self.index = Ngrams((), least)
+        self.tally = None
 
     @staticmethod
     def _kind(length: int) -> int:
         return max(k for k in (2, 3, 4, 8, 16) if k <= max(length, 2))
 
-    def start(self, text: Sequence, between: Callable):
+    def start(self, text: list, should_stop: Callable | None = None):
         """Take up a text; only what is new is indexed when it continues the last one."""
         n = len(self.index)
         if n > len(text) or self.index.tokens.tolist() != list(text[:n]):
             self.index, n = Ngrams((), self.least), 0
         self.index.extend(text[n:])
 
-    def hopeless(self, text: Sequence) -> bool:
+    def hopeless(self, text: list) -> bool:
         """Whether no draft should be made after one more token, whichever that is."""
         self._catch_up(text)
         _, length = self.index.find()
@@ -120,7 +120,7 @@ class LookupDrafts:
         self.odds.skipped(kind)
         return True
 
-    def propose(self, text: Sequence, room: int, **_: Any) -> Draft:
+    def propose(self, text: list, room: int, choose: Callable | None = None) -> Draft:
         """A draft of at most `room` tokens after the text."""
         self._catch_up(text)
         place, length = self.index.find()
@@ -140,7 +140,7 @@ class LookupDrafts:
     def cut(self, n: int):
         """The text was cut to n tokens."""
 
-    def _catch_up(self, text: Sequence):
+    def _catch_up(self, text: list):
         self.index.extend(text[len(self.index) :])
 
 
@@ -148,103 +148,97 @@ class ModelDrafts:
     """Drafts from a smaller model with the same tokens.
 
     Args:
-        model: A HydraHead or any mlx-lm model whose cache can be cut. most: Tokens of a draft,
-            1 to 7. cost: Of one of its steps, where the main model's is 1; see step_cost.
+        sequence: A CachedSequence of the draft model; goes where the text goes. most: Tokens of a
+            draft, 1 to 7. cost: Of one of its steps, where the main model's is 1; see step_cost.
 
     Raises:
         UsageError: Its cache cannot go back.
     """
 
-    sampled = True
-
-    def __init__(self, model: Any, most: int = MOST, cost: float = 0.1):
+    def __init__(self, sequence: Any, most: int = MOST, cost: float = 0.1):
         check_most(most)
-        self.model, self.most = model, most
-        self.odds = Odds({0: (6, 2)}, EACH + cost)
-        self._fresh()
-        check(model, self.cache, "the draft model")
+        if sequence.obstacle:
+            raise UsageError(f"Not a draft model: {sequence.obstacle} cannot take tokens back.")
+        self.sequence, self.most = sequence, most
+        self.odds = Odds({0: (3, 1)}, EACH + cost)
+        self.tally = None
+        self._ahead = []  # tokens that the cache has read since the sequence's end, and
+        self._slots = []  # the slots before each of them and after the last
+        self._right = 0  # how many of them stay
 
-    def _fresh(self):
-        self.cache, self.read = make_prompt_cache(self.model), []
-        self._round = []  # (tokens read, slots then) since the last known token
+    def start(self, text: list, should_stop: Callable | None = None):
+        """Read a text but its last token; only what is new."""
+        self._settle()
+        kept = self.sequence.fit(text)
+        self.sequence.read(text[kept:-1], should_stop=should_stop)
 
-    def start(self, text: Sequence, between: Callable, step: int = 512):
-        """Read a text but its last token; only what is new, when it continues the last one.
-
-        Args:
-            between: Called between calls, to be interrupted.
-        """
-        n = len(self.read)
-        if n >= len(text) or self.read != list(text[:n]):
-            self._fresh()
-        while len(self.read) < len(text) - 1:
-            a = len(self.read)
-            self._forward(text[a : min(a + step, len(text) - 1)])
-            mx.eval([c.state for c in self.cache])
-            between()
-
-    def _forward(self, tokens: Sequence) -> mx.array:
-        logits = self.model(mx.array(np.asarray(tokens, np.int32))[None], cache=self.cache)
-        self.read.extend(tokens)
-        return logits[:, -1]
-
-    def hopeless(self, text: Sequence) -> bool:
-        """Whether no draft will be made after one more token."""
+    def hopeless(self, text: list) -> bool:
+        """Whether no draft should be made after one more token."""
         if self.odds.length(0, self.most):
             return False
         self.odds.skipped(0)
         return True
 
-    def propose(self, text: Sequence, room: int, **how: Any) -> Draft:
+    def propose(self, text: list, room: int, choose: Callable) -> Draft:
         """A draft of at most `room` tokens after the text.
 
         Args:
-            how: choose: (draft so far, arrays [1]; logits [1, V]) -> (token [1],
-                log-probabilities [V] it was drawn from, or None where it is the likeliest).
+            choose: (draft so far, arrays [1]; logits [1, V]) -> (token [1], log-probabilities [V]
+                it was drawn from, or None where it is the likeliest).
         """
+        self._settle()
         n = self.odds.length(0, min(self.most, room))
         if n == 0:
             return Draft([])
-        logits = self._forward(text[len(self.read) :])
-        self._round = [(len(self.read), slots_of(self.cache))]
-        drawn, laws = [], []
+        sequence, new = self.sequence, text[len(self.sequence) :]
+        sequence.read(new[:-EVERY])  # after a long time without drafts
+        new = new[-EVERY:]
+        sequence.begin()
+        logits = self._forward(mx.array(np.asarray(new, np.int32)))
+        sequence.extended(new)
+        drawn, laws, self._slots = [], [], [slots_of(sequence.cache)]
+        sequence.begin()
         for i in range(n):
-            token, law = how["choose"](drawn, logits)
+            token, law = choose(drawn, logits)
             drawn.append(token.astype(mx.int32))
             laws.append(law)
             if i + 1 < n:
-                logits = self.model(token[None], cache=self.cache)[:, -1]
-                self._round.append((self._round[-1][0] + 1, slots_of(self.cache)))
+                logits = self._forward(token)
+                self._slots.append(slots_of(sequence.cache))
         tokens = mx.concatenate(drawn).tolist()
-        self.read.extend(tokens[:-1])
+        self._ahead, self._right = tokens[:-1], 0
         return Draft(tokens, 0, None if laws[0] is None else laws)
+
+    def _forward(self, ids: mx.array) -> mx.array:
+        return self.sequence.model(ids[None], cache=self.sequence.cache)[:, -1]
 
     def heard(self, draft: Draft, right: int):
         """So many tokens of a draft were right."""
         self.odds.heard(0, right, int(right < len(draft.tokens)))
-        self.cut(self._round[0][0] + right)
+        self._right = min(right, len(self._ahead))
 
     def cut(self, n: int):
-        """The text was cut to n tokens; forget what is beyond."""
-        if n >= len(self.read):
+        """The text ends at n tokens; what was read beyond is forgotten."""
+        self._right = max(0, min(self._right, n - len(self.sequence)))
+        self._settle()
+
+    def _settle(self):
+        """Take back what was not right."""
+        if not self._slots:
             return
-        for length, slots in reversed(self._round):
-            if length <= n:
-                break
-        else:
-            self._fresh()
-            return
-        pairs = iter(slots)
-        for c in self.cache:
+        sequence, right = self.sequence, self._right
+        pairs = iter(self._slots[right])
+        for c in sequence.cache:
             if isinstance(c, ArraysCache):
-                c[0], c[1] = next(pairs)
+                c[CONV], c[STATE] = next(pairs)
             else:
-                c.trim(len(self.read) - length)
-        del self.read[length:]
+                c.trim(len(self._ahead) - right)
+        self._slots = []
+        sequence.extended(self._ahead[:right])
 
 
 def step_cost(model: Any, draft: Any) -> float:
-    """What a step of the draft model costs, of one of the main model: the bytes of their weights."""
+    """What a step of a draft model costs, of one of the main model: the weights' bytes."""
     from mlx.utils import tree_flatten
 
     size = [sum(x.nbytes for _, x in tree_flatten(m.parameters())) for m in (draft, model)]

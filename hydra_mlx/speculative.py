@@ -21,11 +21,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
+from mlx_lm.generate import generation_stream
 
-from .cache import cached_tokens
 from .drafts import Draft
-from .trial import Trial, check
+from .errors import UsageError
+from .trial import Trial
+
+UNLIMITED = 1 << 30
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Tally:
     """What drafting brought.
 
     Attributes:
-        passes: Of the model, the prompt's apart from its last token not counted. tokens: They gave.
+        passes: Of the model, each over the newest token and a draft, maybe empty. tokens: They gave.
         drafted, accepted: Guessed tokens, and those that stayed.
     """
 
@@ -41,6 +43,13 @@ class Tally:
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+
+    def count(self, drafted: int, accepted: int):
+        """One more pass."""
+        self.passes += 1
+        self.tokens += accepted + 1
+        self.drafted += drafted
+        self.accepted += accepted
 
 
 class Judge:
@@ -143,143 +152,115 @@ def _common(a: list, b: list) -> int:
     return n
 
 
-class Steps:
-    """The tokens of a reply, as mlx_lm's generate_step yields them, with drafts.
-
-    However it ends, the cache holds the prompt and the tokens yielded.
+class Decoder:
+    """The reply to a prompt that a sequence has read but for its last token, with drafts.
 
     Args:
-        model, cache: With its cache, which is extended in place. prompt: Ids, at least one.
-        drafts: LookupDrafts or ModelDrafts; may be used again for the next reply.
-        judge: See there. before: Ids of what the cache holds already.
-        max_tokens: -1 is no limit. prefill: Tokens that are read at once.
-        progress: Called with (prompt tokens read, all), may raise to stop.
-        checkpoints: Noted after every pass, or None. kv: mlx_lm's maybe_quantize_kv_cache's
-            keywords, or None.
+        sequence: A CachedSequence, extended in place. drafts: LookupDrafts or ModelDrafts; may be
+            used again for the next reply. judge: See there. last: The prompt's last token.
+        max_tokens: -1 is no limit. should_stop: Asked while a draft model reads the prompt.
+
+    Attributes:
+        tally: What drafting brought so far; also that of `drafts`.
 
     Raises:
-        UsageError: The cache cannot take tokens back.
+        UsageError: The cache cannot go back.
     """
 
     def __init__(
-        self, model: Any, cache: list, prompt: Sequence, drafts: Any, judge: Judge,
-        before: Sequence = (), max_tokens: int = -1, prefill: int = 2048,
-        progress: Callable = lambda done, total: None, checkpoints: Any = None,
-        kv: dict | None = None,
+        self, sequence: Any, drafts: Any, judge: Judge, last: int, max_tokens: int = -1,
+        should_stop: Callable | None = None,
     ):  # fmt: skip
-        check(model, cache)
-        self.model, self.cache, self.drafts, self.judge = model, cache, drafts, judge
-        self.prompt, self.max_tokens, self.prefill = list(prompt), max_tokens, prefill
-        self.progress, self.checkpoints, self.kv = progress, checkpoints, kv
-        self.tally = Tally()
-        self._text = [*before, *self.prompt]
-        self._end = len(self._text)  # of the prompt; the text is yielded from there on
-        self._lead = len(self._text) - len(self.prompt) - cached_tokens(cache)
-        self._trial = None
+        if sequence.obstacle:
+            raise UsageError(f"No drafts: {sequence.obstacle} cannot take tokens back.")
+        self.sequence, self.drafts, self.judge = sequence, drafts, judge
+        self.last, self.max_tokens, self.should_stop = last, max_tokens, should_stop
+        self.tally = drafts.tally = Tally()
+        self._text, self._end, self._trial = [], 0, None
 
-    def _held(self) -> int:
-        return cached_tokens(self.cache) + self._lead
+    @property
+    def _yielded(self) -> int:
+        return len(self._text) - self._end
 
-    def __iter__(self) -> Iterator[tuple]:
-        """Yields (token, None)."""
-        total = len(self.prompt)
-        self._read_prompt()
+    def tokens(self) -> Iterator[int | None]:
+        """None when the first token is there, then the ids."""
+        self._text = [*self.sequence.tokens, self.last]
+        self._end = len(self._text)
+        self.judge.know(self._text)
         try:
-            for token in self._tokens():
-                if len(self._text) == self._end:
-                    self.progress(total, total)
+            if self.max_tokens:
+                self.drafts.start(self._text, self.should_stop)
+            for token in self._found():
+                if not self._yielded:
+                    yield None
                 self._text.append(token)
-                yield token, None
+                yield token
         finally:
             self._settle()
-        if self.max_tokens == 0:
-            self.progress(total, total)
+        if not self.max_tokens:
+            yield None
 
-    def _tokens(self) -> Iterator[int]:
-        while len(self._text) - self._end != self.max_tokens:
-            room = self.max_tokens - (len(self._text) - self._end) - 1
-            room = 1 << 30 if room < 0 else room
-            draft = Draft([])
-            if room:
-                with mx.stream(generation_stream):
-                    draft = self.drafts.propose(self._text, room, choose=self.judge.choose)
-            yield from self._checked(draft) if draft.tokens else self._plain(room)
-
-    def _read_prompt(self):
-        total, at = len(self.prompt), 0
-        self.progress(0, total)
-        while at < total - 1:
-            n = min(self.prefill, total - 1 - at)
+    def _found(self) -> Iterator[int]:
+        while self._yielded != self.max_tokens:
+            room = self.max_tokens - self._yielded - 1 if self.max_tokens > 0 else UNLIMITED
             with mx.stream(generation_stream):
-                self._forward(mx.array(np.asarray(self.prompt[at : at + n], np.int32)))
-                mx.eval([c.state for c in self.cache])
-            mx.clear_cache()
-            at += n
-            self.progress(at, total)
-        self.judge.know(self._text)
-        self.drafts.start(self._text, lambda: self.progress(total - 1, total))
-
-    def _forward(self, ids: mx.array) -> mx.array:
-        """A pass that stays; logits [1, V] of its last token."""
-        logits = self.model(ids[None], cache=self.cache)[:, -1]
-        self._done()
-        return logits
-
-    def _done(self):
-        if self.kv is not None:
-            maybe_quantize_kv_cache(self.cache, **self.kv)
-        if self.checkpoints is not None:
-            self.checkpoints.note(self.cache)
+                draft = self.drafts.propose(self._text, room, self.judge.choose)
+            yield from self._checked(draft) if draft.tokens else self._plain(room)
 
     def _checked(self, draft: Draft) -> list:
         """One pass over the pending token and a draft; what the text grows by."""
-        self._close_trial()
+        self._close()
+        self.sequence.begin()
         with mx.stream(generation_stream):
-            self._trial = Trial(self.model, self.cache, [self._text[-1], *draft.tokens])
-            found = self.judge.verdict(draft, self._trial.logits[0])
-            right = len(found) - 1
-            self._trial.keep(right + 1)
-            self.drafts.heard(draft, right)
+            cache = self.sequence.cache
+            trial = Trial(self.sequence.model, cache, [self._text[-1], *draft.tokens])
+            found = self.judge.verdict(draft, trial.logits[0])
+            trial.keep(len(found))
             self.judge.know(found)
-        self.tally.passes += 1
-        self.tally.tokens += len(found)
-        self.tally.drafted += len(draft.tokens)
-        self.tally.accepted += right
+        self._trial = trial
+        self.drafts.heard(draft, len(found) - 1)
+        self.tally.count(len(draft.tokens), len(found) - 1)
         return found
 
     def _plain(self, room: int) -> Iterator[int]:
         """Decode without drafts, one pass ahead of what is read, while drafts are hopeless."""
+        self._close()
         following = self._step(mx.array([self._text[-1]], mx.int32))
+        self.sequence.extended(self._text[-1:])
         while room and self.drafts.hopeless(self._text):
             now, following = following, self._step(following)
-            yield now.item()
+            token = int(now.item())
+            self.tally.count(0, 0)
+            self.sequence.extended([token])  # only now, as in CachedSequence
+            yield token
             room -= 1
-        yield following.item()
+            if room % 256 == 0:
+                mx.clear_cache()
+        self.tally.count(0, 0)
+        yield int(following.item())
 
     def _step(self, token: mx.array) -> mx.array:
-        self._close_trial()
+        self.sequence.begin()
         with mx.stream(generation_stream):
-            found = self.judge.next(self._forward(token))
+            logits = self.sequence.model(token[None], cache=self.sequence.cache)[:, -1]
+            found = self.judge.next(logits)
             self.judge.know(found)
             mx.async_eval(found)
-        self.tally.passes += 1
-        self.tally.tokens += 1
         return found
 
-    def _close_trial(self):
-        if self._trial is not None:
-            self._trial = None
-            self._done()
+    def _close(self, beyond: int = 0):
+        """Note the last trial, less its last tokens."""
+        trial, self._trial = self._trial, None
+        if trial is not None:
+            with mx.stream(generation_stream):
+                trial.keep(trial.kept - beyond)
+            self.sequence.extended(trial.tokens[: trial.kept], trial.tokens[trial.kept :])
 
     def _settle(self):
-        """Bring the cache to exactly the text that was yielded."""
-        with mx.stream(generation_stream):
-            if self._trial is not None:
-                beyond = self._held() - len(self._text)
-                if beyond > 0:
-                    self._trial.keep(self._trial.kept - beyond)
-                self._close_trial()
-            if self._held() == len(self._text) - 1:
-                self._forward(mx.array(self._text[-1:], mx.int32))
-            mx.eval([c.state for c in self.cache])
+        """Bring the sequence to exactly the prompt and what was yielded."""
+        if self._trial is not None:
+            held = len(self.sequence) + self._trial.kept
+            self._close(max(0, held - len(self._text)))
+        if len(self.sequence) == len(self._text) - 1:
+            self.sequence.read(self._text[-1:])
         self.drafts.cut(len(self._text))

@@ -3,7 +3,8 @@
 Numbers only; the checkpoints themselves are in checkpoints.py.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -85,16 +86,31 @@ class Calls:
     def __init__(self):
         self.end = 0
         self._runs = []  # (start, tokens a call), each up to the next; the last may be shorter
+        self._rejected = {}  # start of a call -> tokens that it had beyond those that stayed
 
-    def add(self, n: int):
-        """One more call, of n tokens."""
+    def add(self, n: int, rejected: Sequence = ()):
+        """One more call, of n tokens that stay and some that were taken back."""
+        if rejected:
+            self._rejected[self.end] = tuple(rejected)
         if not self._runs or self._runs[-1][1] != n or (self.end - self._runs[-1][0]) % n:
             self._runs.append((self.end, n))
         self.end += n
 
     def cut(self, position: int):
         """Forget what came after a position."""
+        self._rejected = {a: r for a, r in self._rejected.items() if a < position}
         self._runs, self.end = [r for r in self._runs if r[0] < position], position
+
+    def begins(self, position: int) -> bool:
+        """Whether one call ends and another may begin there."""
+        i = bisect_right(self._runs, (position, 1 << 62)) - 1
+        if position == self.end or i < 0:
+            return position in (0, self.end)
+        return (position - self._runs[i][0]) % self._runs[i][1] == 0
+
+    def rejected(self, start: int) -> tuple:
+        """What was taken back of the call that begins there."""
+        return self._rejected.get(start, ())
 
     def between(self, start: int, stop: int) -> Iterator[tuple]:
         """(from, to) of the calls from `start`, itself a beginning, the last cut at `stop`."""
@@ -108,4 +124,5 @@ class Calls:
         """An independent copy."""
         other = Calls()
         other.end, other._runs = self.end, list(self._runs)
+        other._rejected = dict(self._rejected)
         return other

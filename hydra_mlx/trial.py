@@ -11,12 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache
 
 from .cache import CONV, STATE, cached_tokens
-from .errors import UsageError
 from .kernels.dispatch import backend
-from .model import Model
 from .step import Step
 
 
@@ -60,28 +58,3 @@ class Trial:
             for mixer, arrays, inputs in self._inputs:
                 mixer.advance(inputs, n, step, arrays)
         self.kept = n
-
-
-def why_not(model: Any, cache: list) -> str:
-    """ "" or why this cache cannot take tokens back."""
-    for c in cache:
-        name = type(c).__name__
-        if isinstance(c, ArraysCache):
-            if not isinstance(model, Model):
-                return f"the {name} of a {type(model).__module__} model cannot go back"
-            if c.lengths is not None or c.left_padding is not None:
-                return "it is of a batch"
-        elif isinstance(c, RotatingKVCache | ChunkedKVCache) or not hasattr(c, "offset"):
-            return f"a {name} forgets tokens"
-        elif not isinstance(c.offset, int):
-            return "it is of a batch"
-        elif not c.is_trimmable():
-            return f"a {name} cannot be cut"
-    return ""
-
-
-def check(model: Any, cache: list, whose: str = "this model"):
-    """Raise UsageError where a cache cannot take tokens back."""
-    reason = why_not(model, cache)
-    if reason:
-        raise UsageError(f"The cache of {whose} cannot take drafted tokens back: {reason}.")
