@@ -19,11 +19,12 @@ from .errors import UsageError
 from .ngrams import LONGEST, Ngrams
 
 MOST = 7  # a pass is one known token and the draft; the kernels take 8
-# What a further token of a pass costs, of a pass over one: see docs/speculative.md.
-EACH = 0.11
+# What a pass over several tokens costs more than over one, and each drafted token: parts of a pass
+# over one. Measured: docs/speculative.md.
+START, EACH = 0.1, 0.1
+FADE = 0.92  # of counts, a guess
+RETRY = 0.995  # of the way back to the prior, a step without a guess
 EVERY = 512  # tokens that a draft model reads at once
-FADE = 0.97  # of counts, a guess
-RETRY = 0.99  # of the way back to the prior, a step without a guess
 
 
 @dataclass
@@ -64,8 +65,9 @@ class Odds:
         for n in range(1, most + 1):
             power *= a
             got += power
-            if got / (1 + self.cost * n) > best:
-                best, length = got / (1 + self.cost * n), n
+            rate = got / (1 + START + self.cost * n)
+            if rate > best:
+                best, length = rate, n
         return length
 
     def heard(self, kind: int, right: int, wrong: int):

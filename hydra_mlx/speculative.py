@@ -35,7 +35,7 @@ class Tally:
     """What drafting brought.
 
     Attributes:
-        passes: Of the model, each over the newest token and a draft, maybe empty. tokens: They gave.
+        passes: Of the model, each over the newest token and maybe a draft. tokens: They gave.
         drafted, accepted: Guessed tokens, and those that stayed.
     """
 
