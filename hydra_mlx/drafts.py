@@ -169,7 +169,17 @@ class ModelDrafts:
         self._right = 0  # how many of them stay
 
     def start(self, text: list, should_stop: Callable | None = None):
-        """Read a text but its last token; only what is new."""
+        """Read a text but its last token; only what is new.
+
+        Raises:
+            UsageError: Some of its ids are not known.
+        """
+        if min(text) < 0:
+            raise UsageError(
+                "A draft model must read the whole text, but the ids of what the cache holds are "
+                "not known.",
+                "Use prompt lookup, or a cache with known ids.",
+            )
         self._settle()
         kept = self.sequence.fit(text)
         self.sequence.read(text[kept:-1], should_stop=should_stop)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import cli, prompts, sampling, stats
+from . import cli, draft_flags, prompts, sampling, stats
 from .errors import CheckpointError, UsageError
 from .text import count, first_line, read_prompt
 
@@ -127,6 +127,7 @@ def build_parser() -> cli.Parser:
         metavar="N",
         help="prompt tokens at a time; smaller needs less memory (default 2048)",
     )
+    draft_flags.add_flags(p)
     stats.add_flags(p)
     for flags, reason in _REFUSED.items():
         p.add_argument(*flags.split(), action=cli.Refuse, reason=reason)
@@ -135,8 +136,6 @@ def build_parser() -> cli.Parser:
 
 _REFUSED = {
     "--max-kv-size": "recurrent state cannot forget single tokens. Use --max-context or --kv-bits.",
-    "--draft-model": "speculative decoding needs to take tokens back, hybrid models cannot yet.",
-    "--num-draft-tokens": "speculative decoding is not there for hybrid models yet.",
     "--image": "HydraHead models read text only.",
     "--trust-remote-code": "no code of a model folder is ever run; leave it out.",
     "--quantize-activations -qa": "only weights, keys and values can be quantised.",
@@ -150,6 +149,7 @@ def check_flags(args: argparse.Namespace):
         UsageError: The first such flag.
     """
     stats.resolve(args)
+    draft_flags.check(args)
     for name in ("kv_group_size", "quantized_kv_start"):
         if getattr(args, name) is not None and args.kv_bits is None:
             raise UsageError(f"{sampling.flag(name)} has no effect without --kv-bits.")
@@ -214,11 +214,13 @@ def work(args: argparse.Namespace) -> int:
     tokenizer = loading.load_tokenizer(folder)
     prompts.add_end_tokens(tokenizer, args.extra_eos_token)
     request = prompts.plan(args, prompt, chat, tokenizer, loading.read_config(folder), note)
+    draft = draft_flags.load_draft(args, tokenizer)
     model = loading.load_model(folder, args.dtype, check=args.check_weights)
     if args.adapter_path is not None:
         load_adapters(model, args.adapter_path)
     load_s = time.perf_counter() - start
-    return reply(args, options, tokenizer, model, request, load_s, note)
+    drafts = draft_flags.make(args, model, draft)
+    return reply(args, options, tokenizer, model, request, load_s, note, drafts)
 
 
 def reply(
@@ -229,6 +231,7 @@ def reply(
     request: Any,
     load_s: float,
     note: Callable,
+    drafts: Any = None,
 ) -> int:
     """Generate, print, save the prompt cache, print the figures; returns the exit code."""
     from .generation import stream_generate
@@ -258,6 +261,8 @@ def reply(
             progress=lambda done, total: bar("prompt", done, total),
             should_stop=lambda: interrupt() or out.broken,
             cached_tokens=request.cached,
+            drafts=drafts,
+            law=options.law(tokenizer),
         ):
             stack.close()
             if part.token is not None:

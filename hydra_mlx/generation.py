@@ -9,11 +9,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.generate import (
+    generate_step,
+    generation_stream,
+    maybe_quantize_kv_cache,
+    wired_limit,
+)
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -21,6 +27,7 @@ from . import cache as caches
 from .errors import UsageError
 from .layer_kernels import summary
 from .sampling import prompt_ids
+from .sequence import CachedSequence
 from .stats import Timings
 from .text import StopMatcher
 
@@ -64,6 +71,8 @@ def stream_generate(
     progress: Callable | None = None,
     should_stop: Callable | None = None,
     cached_tokens: Sequence = (),
+    drafts: Any = None,
+    law: Callable | None = None,
 ) -> Iterator[Part]:
     """Generate a reply; yields a Part for each token.
 
@@ -80,7 +89,9 @@ def stream_generate(
         stop: The reply ends before the first of these strings.
         progress: Called with (prompt tokens done, all) after each prefill step.
         should_stop: Asked between prefill steps and between tokens; True ends the reply.
-        cached_tokens: Ids of what prompt_cache holds, for penalties that look back.
+        cached_tokens: Ids of what prompt_cache holds, for penalties that look back and drafts.
+        drafts: LookupDrafts or ModelDrafts for speculative decoding (speculative.py); processors
+            must then depend on their arguments alone. law: SamplingOptions.law, with ModelDrafts.
 
     Raises:
         UsageError: At once, for arguments that cannot be honoured.
@@ -101,10 +112,33 @@ def stream_generate(
         check_kv_bits(model, prompt_cache, kv_bits, kv_group_size, quantized_kv_start)
         if quantized_kv_start == 0 and _words_fit(head_dim(model), kv_bits):
             caches.quantise_cache(prompt_cache, kv_bits, kv_group_size)
+    run = _Run(prompt_cache, len(ids), tokenizer, StopMatcher(stops), progress, should_stop)
+    if drafts is not None:
+        kv = {"kv_bits": kv_bits, "kv_group_size": kv_group_size}
+        sequence = CachedSequence(
+            model,
+            cache=prompt_cache,
+            tokens=cached_tokens,
+            kv=partial(maybe_quantize_kv_cache, quantized_kv_start=quantized_kv_start, **kv),
+        )
+        run.drafts = drafts
+        steps = _paired(
+            sequence.generate(
+                ids,
+                max_tokens,
+                sampler,
+                logits_processors,
+                prefill_step_size,
+                run.between,
+                should_stop,
+                drafts,
+                law,
+            )
+        )
+        return run.parts(steps, max_tokens, model)
     if logits_processors and len(cached_tokens):
         before = mx.array(np.asarray(cached_tokens, np.int32))
         logits_processors = [_looking_back(p, before) for p in logits_processors]
-    run = _Run(prompt_cache, len(ids), tokenizer, StopMatcher(stops), progress, should_stop)
     steps = generate_step(
         mx.array(ids),
         model,
@@ -121,6 +155,13 @@ def stream_generate(
     return run.parts(steps, max_tokens, model)
 
 
+def _paired(tokens: Iterator) -> Iterator[tuple]:
+    """As generate_step yields them."""
+    with contextlib.closing(tokens):
+        for token in tokens:
+            yield token, None
+
+
 def _looking_back(process: Callable, before: mx.array) -> Callable:
     return lambda tokens, logits: process(mx.concatenate([before, tokens]), logits)
 
@@ -135,6 +176,7 @@ class _Run:
         self.held = held_tokens(cache)
         self.processed = self.generated = 0
         self.start = self.first = self.last = None
+        self.drafts = None
 
     def between(self, done: int, total: int):
         """generate_step's callback. At done == total a token is under way: too late to stop."""
@@ -192,6 +234,8 @@ class _Run:
         prompt_s = None if self.first is None else self.first - self.start
         reply_s = None if self.generated < 2 else self.last - self.first
         kv, state = caches.cache_bytes(self.cache)
+        tally = None if self.drafts is None else self.drafts.tally
+        passes = (None,) * 3 if tally is None else (tally.passes, tally.drafted, tally.accepted)
         return Timings(
             prompt_tokens=self.held + self.total,
             cached_tokens=self.held,
@@ -207,6 +251,9 @@ class _Run:
             kv=caches.describe(self.cache),
             finish_reason=reason,
             kernels=kernels,
+            passes=passes[0],
+            drafted_tokens=passes[1],
+            accepted_tokens=passes[2],
         )
 
 

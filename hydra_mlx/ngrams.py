@@ -87,9 +87,15 @@ class Ngrams:
         return (best, length) if best >= 0 else (-1, 0)
 
     def follow(self, place: int, n: int) -> list:
-        """n tokens from a place that find() gave; what runs over the end repeats itself."""
+        """n tokens from a place that find() gave; what runs over the end repeats itself.
+
+        Fewer where an unknown token (below 0) comes.
+        """
         self._source = place
         end, out = len(self.tokens), []
         for i in range(place, place + n):
-            out.append(self.tokens[i] if i < end else out[i - end])
+            token = self.tokens[i] if i < end else out[i - end]
+            if token < 0:
+                break
+            out.append(token)
         return out

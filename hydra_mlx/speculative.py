@@ -186,7 +186,7 @@ class Decoder:
         """None when the first token is there, then the ids."""
         self._text = [*self.sequence.tokens, self.last]
         self._end = len(self._text)
-        self.judge.know(self._text)
+        self.judge.know([t for t in self._text if t >= 0])  # others are unknown
         try:
             if self.max_tokens:
                 self.drafts.start(self._text, self.should_stop)
