@@ -6,6 +6,7 @@ from .errors import UsageError
 
 MOST = 7  # tokens of a draft, as drafts.MOST
 WITH_MODEL = 3  # by default, as in mlx_lm
+HALF = 0.5  # of the model's weights: from there on even good guesses gain nothing
 
 
 def add_flags(parser: Any):
@@ -71,7 +72,7 @@ def make(args: Any, model: Any, draft: Any) -> Any:
         draft: From load_draft.
 
     Raises:
-        UsageError: The draft model's cache cannot take tokens back.
+        UsageError: The draft model's cache cannot take tokens back, or it is not small.
     """
     from .drafts import LookupDrafts, ModelDrafts, step_cost
     from .sequence import CachedSequence
@@ -81,4 +82,10 @@ def make(args: Any, model: Any, draft: Any) -> Any:
         return LookupDrafts(n or MOST)
     if draft is None:
         return None
-    return ModelDrafts(CachedSequence(draft), n or WITH_MODEL, step_cost(model, draft))
+    cost = step_cost(model, draft)
+    if cost > HALF:
+        raise UsageError(
+            f"The draft model's weights take {cost:.0%} of the model's: it would slow it down.",
+            "Take a draft model of less than half the size, or --prompt-lookup.",
+        )
+    return ModelDrafts(CachedSequence(draft), n or WITH_MODEL, cost)
