@@ -89,7 +89,7 @@ class CachedSequence:
         self.cache = self._fresh() if cache is None else cache
         self.obstacle = rollback.obstacle(model, self.cache)
         self._ids = [int(t) for t in tokens]
-        self._under_way = False
+        self._under_way = self._lent = False
         held = self._held()
         if not self._ids:
             self._ids = [UNKNOWN] * held
@@ -275,6 +275,17 @@ class CachedSequence:
         self._ids += tokens
         self._note(len(tokens), rejected)
 
+    def lend(self):
+        """Give the cache away, to a batch; until `returned`, the sequence cannot be used."""
+        self._lent = True
+        self.cache[:] = make_prompt_cache(self.model)
+
+    def returned(self, cache: list, tokens: Sequence):
+        """Have a cache again that has read some more tokens; they count as one call."""
+        self._lent = False
+        self.cache[:] = cache
+        self.extended(tokens)
+
     def fork(self) -> "CachedSequence":
         """A second sequence of the same tokens; memory is shared until one of them writes."""
         self.mend()
@@ -285,7 +296,13 @@ class CachedSequence:
         return other
 
     def mend(self):
-        """Undo a call that was broken off: cache and tokens are those of the last whole one."""
+        """Undo a call that was broken off: cache and tokens are those of the last whole one.
+
+        Raises:
+            CacheError: The sequence is in a batch.
+        """
+        if self._lent:
+            raise CacheError("The sequence is in a batch; take it out first.")
         del self._ids[len(self) :]
         if not self._under_way:
             return

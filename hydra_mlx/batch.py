@@ -1,0 +1,404 @@
+"""Several replies at once: sequences that decode together, a row each.
+
+A prompt is read by its own sequence, so nothing is padded and every row's checkpoints are those of
+a single run; what prompts begin with alike is read once, and forked. Then rows join a batch, where
+one pass gives each a token. They finish, leave and join as they like: a sequence that leaves is a
+CachedSequence as before, to be rolled back, forked, extended, and put into a batch again.
+
+Rows of a batch are added up in another order than single runs, so logits differ in their last bits,
+as in speculative.py. What was decoded in a batch counts as one call: a rollback into it replays it
+so, equal up to rounding; see docs/speculative.md.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generation_stream
+from mlx_lm.models.cache import ArraysCache
+
+from .cache import CONV, STATE
+from .errors import UsageError
+from .generation import Part
+from .rollback import common_prefix
+from .sequence import CachedSequence
+from .text import StopMatcher
+
+SHARED = 16  # tokens that prompts begin with alike, from which on they are read once
+
+
+@dataclass
+class _Count:
+    """Stands for keys and values where only their number is asked."""
+
+    offset: int
+
+
+class Batch:
+    """Sequences that decode together.
+
+    batch = Batch(model)
+    batch.put([a, b])                       # CachedSequences of any lengths
+    logits = batch.step(mx.array([5, 9]))   # [2, V]: a has read 5, b 9
+    batch.take([a])                         # a is itself again
+
+    A sequence in a batch cannot be used otherwise; it says so.
+
+    Attributes:
+        rows: The sequences, in the order of the rows.
+    """
+
+    def __init__(self, model: Any):
+        self.model, self.rows = model, []
+        self._cache, self._before = None, None
+        self._lengths = []  # tokens of each row
+        self._read = []  # arrays [B] that were read since the last change of rows
+        self._tokens = []  # of each row, lists since it joined
+        self._under_way = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def put(self, sequences: Sequence):
+        """Let sequences join.
+
+        Raises:
+            UsageError: One of another model, twice the same, or whose cache has no batch.
+        """
+        self._mend()
+        new = list(sequences)
+        if not new:
+            return
+        for s in new:
+            _check(self.model, s)
+        if len({id(s) for s in [*self.rows, *new]}) < len(self.rows) + len(new):
+            raise UsageError("A sequence can be in a batch once; fork it.")
+        for s in new:
+            s.mend()
+        with mx.stream(generation_stream):
+            merged = [type(c[0]).merge(c) for c in zip(*(s.cache for s in new), strict=True)]
+            for c in merged:
+                if isinstance(c, ArraysCache):
+                    c.left_padding = None  # merge() sets it for empty ones: a mask for ever
+            if self._cache is None:
+                self._cache = merged
+            else:
+                for old, c in zip(self._cache, merged, strict=True):
+                    old.extend(c)
+            mx.eval([c.state for c in self._cache])
+        self._flush()
+        for s in new:
+            self.rows.append(s)
+            self._lengths.append(len(s))
+            self._tokens.append([])
+            s.lend()
+
+    def step(self, tokens: mx.array) -> mx.array:
+        """One token for each row.
+
+        Args:
+            tokens: [B] ids, in the order of rows; may be lazy.
+
+        Returns:
+            [B, V] logits after them, lazy.
+
+        Raises:
+            UsageError: Another number of tokens than rows.
+        """
+        self._mend()
+        if tokens.shape != (len(self.rows),) or not self.rows:
+            raise UsageError(f"Tokens of shape {tokens.shape} for {len(self.rows)} rows.")
+        self._before = [list(c.cache) if isinstance(c, ArraysCache) else None for c in self._cache]
+        self._under_way = True
+        with mx.stream(generation_stream):
+            logits = self.model(tokens[:, None], cache=self._cache)[:, -1]
+        self._under_way = False
+        self._read.append(tokens)
+        self._lengths = [n + 1 for n in self._lengths]
+        for i, (row, n) in enumerate(zip(self.rows, self._lengths, strict=True)):
+            if n % row.checkpoints.grid.every == 0:
+                row.checkpoints.note(self._slots(i, n))
+        return logits
+
+    def take(self, sequences: Sequence):
+        """Let sequences leave: each then holds exactly what it has read."""
+        self._mend()
+        leaving = [self._place(s) for s in sequences]
+        if not leaving:
+            return
+        self._flush()
+        with mx.stream(generation_stream):
+            for i in leaving:
+                cache = [c.extract(i) for c in self._cache]
+                for c in cache:
+                    if isinstance(c, ArraysCache):  # not views, which hold the whole batch
+                        c.cache = [None if x is None else mx.contiguous(x) for x in c.cache]
+                mx.eval([c.state for c in cache if not c.empty()])
+                self.rows[i].returned(cache, self._tokens[i])
+            stay = [i for i in range(len(self.rows)) if i not in leaving]
+            if stay:
+                for c in self._cache:
+                    c.filter(mx.array(stay))
+            else:
+                self._cache = None
+        self.rows, self._lengths, self._tokens = (
+            [x[i] for i in stay] for x in (self.rows, self._lengths, self._tokens)
+        )
+
+    def _place(self, sequence: CachedSequence) -> int:
+        for i, row in enumerate(self.rows):
+            if row is sequence:
+                return i
+        raise UsageError("This sequence is not in the batch.")
+
+    def _slots(self, i: int, n: int) -> list:
+        """A stand-in for a row's cache, as Checkpoints.note reads it."""
+        entries = []
+        for c in self._cache:
+            if isinstance(c, ArraysCache):
+                one = ArraysCache(2)
+                one[CONV], one[STATE] = (mx.contiguous(x[i : i + 1]) for x in c.cache)
+                entries.append(one)
+            else:
+                entries.append(_Count(n))
+        return entries
+
+    def _flush(self):
+        if self._read:
+            for row, tokens in zip(
+                self._tokens, mx.stack(self._read, axis=1).tolist(), strict=True
+            ):
+                row.extend(tokens)
+            self._read = []
+
+    def _mend(self):
+        """Undo a step that was broken off."""
+        if not self._under_way:
+            return
+        for c, slots in zip(self._cache, self._before, strict=True):
+            if slots is not None:
+                c.cache = slots
+        held = [c for c in self._cache if not isinstance(c, ArraysCache)]
+        least = max(self._lengths)  # the longest row has no padding
+        for c in held:
+            c.trim(c.size() - least)
+        self._under_way = False
+
+
+def _check(model: Any, s: CachedSequence):
+    if s.model is not model:
+        raise UsageError("A batch is of one model; this sequence is of another.")
+    if s.obstacle:
+        raise UsageError(f"No batch: {s.obstacle} cannot go back.")
+    odd = {type(c).__name__ for c in s.cache if not hasattr(type(c), "merge")}
+    odd |= {type(c).__name__ for c in s.cache if getattr(c, "quantised", False)}
+    if odd:
+        raise UsageError(
+            f"No batch: keys and values in few bits ({', '.join(sorted(odd))}) have none.",
+            "Leave --kv-bits out, or ask one by one.",
+        )
+
+
+# ------------------------------------------------------------------------------------ replies
+
+
+@dataclass
+class _Row:
+    """One reply under way."""
+
+    index: int
+    prompt: list
+    sequence: CachedSequence
+    detokenizer: Any
+    matcher: StopMatcher
+    processors: list
+    known: mx.array | None = None
+    started: bool = False
+    tokens: list = field(default_factory=list)
+
+    def hear(self, token: int, ends: Any, max_tokens: int) -> Part:
+        """The next token of the reply."""
+        self.tokens.append(token)
+        reason = "length" if len(self.tokens) == max_tokens else None
+        if token in ends:
+            reason = "stop"
+        else:
+            self.detokenizer.add_token(token)
+        return self.part(token, reason)
+
+    def part(self, token: int | None, reason: str | None) -> Part:
+        if reason:
+            self.detokenizer.finalize()
+        text, hit = self.matcher.push(self.detokenizer.last_segment)
+        if hit:
+            reason = "stop"
+        elif reason:
+            text += self.matcher.held
+        return Part(text, token, reason)
+
+
+def read_shared(base: CachedSequence, prompts: Sequence, **options: Any) -> int:
+    """Have a sequence read what all prompts begin with, if that is worth it.
+
+    Args:
+        base: Goes back as far as the prompts demand. prompts: Lists of ids. options: As of read().
+
+    Returns:
+        Tokens that the prompts share, and base then holds at least in part.
+    """
+    first = prompts[0]
+    n = min(common_prefix(first, p) for p in prompts)
+    n = min(n, min(map(len, prompts)) - 1)
+    kept = base.fit(first[: n + 1])
+    if len(prompts) > 1 and n - kept >= SHARED:
+        base.read(first[kept:n], **options)
+    return n
+
+
+def stream_replies(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence,
+    max_tokens: int = 256,
+    sampler: Callable | None = None,
+    logits_processors: Sequence | None = None,
+    base: CachedSequence | None = None,
+    rows: int = 8,
+    prefill_step_size: int | None = None,
+    stop: Sequence = (),
+    progress: Callable | None = None,
+    should_stop: Callable | None = None,
+    sequences: list | None = None,
+) -> Iterator[list]:
+    """Reply to several prompts at once; yields lists of (number of the prompt, Part).
+
+    Each list is what one pass gave; a Part is as of generation.stream_generate, without timings.
+
+    Args:
+        prompts: Lists of ids, whole ones. max_tokens: Of each reply; -1 is no limit.
+        sampler: log-probabilities [B, V] -> tokens [B]; None takes the likeliest.
+        logits_processors: Each (tokens [T], logits [1, V]) -> logits, row by row.
+        base: What prompts may begin with, read already; extended to what they share. None begins
+            with an empty one.
+        rows: Replies under way at once; the others wait.
+        progress: Called with (prompts read, all). should_stop: Asked between calls; True ends all.
+        sequences: A list that gets each prompt's CachedSequence as it leaves: prompt and reply, or
+            what had been read; in the order of the prompts, None where nothing was.
+
+    Raises:
+        UsageError: At once, for arguments that cannot be honoured.
+    """
+    todo = [[int(t) for t in p] for p in prompts]
+    if rows < 1 or max_tokens < -1:
+        raise UsageError(f"{rows} rows and {max_tokens} tokens, expected 1 and -1 or more.")
+    if not todo or not all(todo):
+        raise UsageError("A prompt has no tokens." if todo else "There are no prompts.")
+    if base is None:
+        base = CachedSequence(model)
+    _check(model, base)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise UsageError("A stop string is empty, which would end every reply at once.")
+    replies = _Replies(
+        model, tokenizer, todo, max_tokens, sampler, list(logits_processors or ()), base, rows,
+        prefill_step_size, stops, progress or (lambda done, total: None),
+        should_stop or (lambda: False), [] if sequences is None else sequences,
+    )  # fmt: skip
+    return replies.lists()
+
+
+@dataclass
+class _Replies:
+    """The loop of stream_replies; attributes as its arguments."""
+
+    model: Any
+    tokenizer: Any
+    prompts: list
+    max_tokens: int
+    sampler: Callable | None
+    processors: list
+    base: CachedSequence
+    rows: int
+    step_size: int | None
+    stops: tuple
+    progress: Callable
+    should_stop: Callable
+    sequences: list
+
+    def lists(self) -> Iterator[list]:
+        """See stream_replies."""
+        waiting = deque(enumerate(self.prompts))
+        self.sequences[:] = [None] * len(waiting)
+        batch, live = Batch(self.model), []
+        y = mx.zeros((0,), mx.int32)
+        how = {"step": self.step_size, "should_stop": self.should_stop}
+        try:
+            read_shared(self.base, self.prompts, **how)
+            while waiting or live:
+                new = self._join(waiting, self.rows - len(live), how)
+                if self.should_stop():
+                    yield self._broken([*live, *new], waiting)
+                    return
+                batch.put([row.sequence for row in new])
+                live += new
+                y = mx.concatenate([y, mx.array([row.prompt[-1] for row in new], mx.int32)])
+                following = self._next(batch.step(y), live, y)
+                parts, over = [], []
+                # Only now: every row has read its token, so one that ends holds it.
+                for i, (row, token) in enumerate(zip(live, y.tolist(), strict=True)):
+                    part = self._heard(row, token)
+                    if part is not None:
+                        parts.append((row.index, part))
+                        if part.finish_reason:
+                            over.append(i)
+                batch.take([live[i].sequence for i in over])
+                stay = [i for i in range(len(live)) if i not in over]
+                live = [live[i] for i in stay]
+                y = following[mx.array(stay, mx.int32)] if stay else following[:0]
+                yield parts
+        finally:
+            batch.take(list(batch.rows))
+
+    def _join(self, waiting: deque, room: int, how: dict) -> list:
+        """Rows for the next prompts, read but for their last token."""
+        new = []
+        while waiting and len(new) < room and not self.should_stop():
+            index, prompt = waiting.popleft()
+            sequence = self.base.fork()
+            self.sequences[index] = sequence
+            sequence.read(prompt[len(sequence) : -1], **how)
+            known = mx.array(np.asarray(prompt[:-1], np.int32)) if self.processors else None
+            matcher, text = StopMatcher(self.stops), self.tokenizer.detokenizer
+            new.append(_Row(index, prompt, sequence, text, matcher, self.processors, known))
+            self.progress(index + 1, len(self.prompts))
+        return new
+
+    def _next(self, logits: mx.array, live: list, y: mx.array) -> mx.array:
+        """[B] tokens, lazy."""
+        with mx.stream(generation_stream):
+            if self.processors:
+                out = []
+                for i, row in enumerate(live):
+                    row.known, one = mx.concatenate([row.known, y[i : i + 1]]), logits[i : i + 1]
+                    for process in self.processors:
+                        one = process(row.known, one)
+                    out.append(one)
+                logits = mx.concatenate(out)
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            found = mx.argmax(logprobs, axis=-1) if self.sampler is None else self.sampler(logprobs)
+            found = found.astype(mx.int32)
+            mx.async_eval(found)
+        return found
+
+    def _heard(self, row: _Row, token: int) -> Part | None:
+        if row.started:
+            return row.hear(token, self.tokenizer.eos_token_ids, self.max_tokens)
+        row.started = True  # this was the last token of its prompt
+        return None if self.max_tokens else row.part(None, "length")
+
+    def _broken(self, rows: list, waiting: deque) -> list:
+        parts = [(row.index, row.part(None, "interrupt")) for row in rows]
+        return parts + [(index, Part("", None, "interrupt")) for index, _ in waiting]
