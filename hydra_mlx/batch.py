@@ -214,15 +214,15 @@ class _Row:
     sequence: CachedSequence
     detokenizer: Any
     matcher: StopMatcher
-    processors: list
+    limit: int
     known: mx.array | None = None
     started: bool = False
     tokens: list = field(default_factory=list)
 
-    def hear(self, token: int, ends: Any, max_tokens: int) -> Part:
+    def hear(self, token: int, ends: Any) -> Part:
         """The next token of the reply."""
         self.tokens.append(token)
-        reason = "length" if len(self.tokens) == max_tokens else None
+        reason = "length" if len(self.tokens) == self.limit else None
         if token in ends:
             reason = "stop"
         else:
@@ -262,7 +262,7 @@ def stream_replies(
     model: Any,
     tokenizer: Any,
     prompts: Sequence,
-    max_tokens: int = 256,
+    max_tokens: int | Sequence = 256,
     sampler: Callable | None = None,
     logits_processors: Sequence | None = None,
     base: CachedSequence | None = None,
@@ -278,7 +278,7 @@ def stream_replies(
     Each list is what one pass gave; a Part is as of generation.stream_generate, without timings.
 
     Args:
-        prompts: Lists of ids, whole ones. max_tokens: Of each reply; -1 is no limit.
+        prompts: Lists of ids, whole ones. max_tokens: Of each reply, or a list; -1 is no limit.
         sampler: log-probabilities [B, V] -> tokens [B]; None takes the likeliest.
         logits_processors: Each (tokens [T], logits [1, V]) -> logits, row by row.
         base: What prompts may begin with, read already; extended to what they share. None begins
@@ -292,7 +292,8 @@ def stream_replies(
         UsageError: At once, for arguments that cannot be honoured.
     """
     todo = [[int(t) for t in p] for p in prompts]
-    if rows < 1 or max_tokens < -1:
+    limits = [max_tokens] * len(todo) if isinstance(max_tokens, int) else list(max_tokens)
+    if rows < 1 or len(limits) != len(todo) or min(limits, default=0) < -1:
         raise UsageError(f"{rows} rows and {max_tokens} tokens, expected 1 and -1 or more.")
     if not todo or not all(todo):
         raise UsageError("A prompt has no tokens." if todo else "There are no prompts.")
@@ -303,7 +304,7 @@ def stream_replies(
     if "" in stops:
         raise UsageError("A stop string is empty, which would end every reply at once.")
     replies = _Replies(
-        model, tokenizer, todo, max_tokens, sampler, list(logits_processors or ()), base, rows,
+        model, tokenizer, todo, limits, sampler, list(logits_processors or ()), base, rows,
         prefill_step_size, stops, progress or (lambda done, total: None),
         should_stop or (lambda: False), [] if sequences is None else sequences,
     )  # fmt: skip
@@ -317,7 +318,7 @@ class _Replies:
     model: Any
     tokenizer: Any
     prompts: list
-    max_tokens: int
+    limits: list
     sampler: Callable | None
     processors: list
     base: CachedSequence
@@ -372,7 +373,7 @@ class _Replies:
             sequence.read(prompt[len(sequence) : -1], **how)
             known = mx.array(np.asarray(prompt[:-1], np.int32)) if self.processors else None
             matcher, text = StopMatcher(self.stops), self.tokenizer.detokenizer
-            new.append(_Row(index, prompt, sequence, text, matcher, self.processors, known))
+            new.append(_Row(index, prompt, sequence, text, matcher, self.limits[index], known))
             self.progress(index + 1, len(self.prompts))
         return new
 
@@ -395,9 +396,9 @@ class _Replies:
 
     def _heard(self, row: _Row, token: int) -> Part | None:
         if row.started:
-            return row.hear(token, self.tokenizer.eos_token_ids, self.max_tokens)
+            return row.hear(token, self.tokenizer.eos_token_ids)
         row.started = True  # this was the last token of its prompt
-        return None if self.max_tokens else row.part(None, "length")
+        return None if row.limit else row.part(None, "length")
 
     def _broken(self, rows: list, waiting: deque) -> list:
         parts = [(row.index, row.part(None, "interrupt")) for row in rows]

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import cli, draft_flags, prompts, sampling, stats
+from . import cli, draft_flags, prompt_list, prompts, sampling, stats
 from .errors import CheckpointError, UsageError
 from .text import count, first_line, read_prompt
 
@@ -128,6 +128,7 @@ def build_parser() -> cli.Parser:
         help="prompt tokens at a time; smaller needs less memory (default 2048)",
     )
     draft_flags.add_flags(p)
+    prompt_list.add_flags(p)
     stats.add_flags(p)
     for flags, reason in _REFUSED.items():
         p.add_argument(*flags.split(), action=cli.Refuse, reason=reason)
@@ -150,6 +151,7 @@ def check_flags(args: argparse.Namespace):
     """
     stats.resolve(args)
     draft_flags.check(args)
+    prompt_list.check(args)
     for name in ("kv_group_size", "quantized_kv_start"):
         if getattr(args, name) is not None and args.kv_bits is None:
             raise UsageError(f"{sampling.flag(name)} has no effect without --kv-bits.")
@@ -199,7 +201,8 @@ def work(args: argparse.Namespace) -> int:
         config=prompts.parse_template_config(args.chat_template_config),
     )
     given = [*args.prompt, *([] if args.prompt_flag is None else [args.prompt_flag])]
-    prompt = read_prompt(given, args.file)
+    many = args.prompts is not None
+    texts = prompt_list.read(args, given) if many else [read_prompt(given, args.file)]
     note: Callable = (lambda line: None) if args.quiet else cli.say
 
     from . import loading
@@ -213,14 +216,17 @@ def work(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     tokenizer = loading.load_tokenizer(folder)
     prompts.add_end_tokens(tokenizer, args.extra_eos_token)
-    request = prompts.plan(args, prompt, chat, tokenizer, loading.read_config(folder), note)
+    config = loading.read_config(folder)
+    requests = [prompts.plan(args, text, chat, tokenizer, config, note) for text in texts]
     draft = draft_flags.load_draft(args, tokenizer)
     model = loading.load_model(folder, args.dtype, check=args.check_weights)
     if args.adapter_path is not None:
         load_adapters(model, args.adapter_path)
     load_s = time.perf_counter() - start
+    if many:
+        return prompt_list.reply(args, options, tokenizer, model, requests, note)
     drafts = draft_flags.make(args, model, draft)
-    return reply(args, options, tokenizer, model, request, load_s, note, drafts)
+    return reply(args, options, tokenizer, model, requests[0], load_s, note, drafts)
 
 
 def reply(

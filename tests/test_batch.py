@@ -1,5 +1,7 @@
 """Batches: each row equals its single run, and stays a sequence of its own."""
 
+import json
+
 import hydra_mlx
 from hydra_mlx.batch import Batch, stream_replies
 from hydra_mlx.checkpoints import Checkpoints
@@ -256,3 +258,44 @@ def test_a_stock_model(tiny):
 def test_arguments_that_cannot_be(tiny, prompts, options):
     with pytest.raises(UsageError):
         stream_replies(*tiny, prompts, **options)
+
+
+# ------------------------------------------------------------------------------------ program
+
+
+def test_prompts_of_a_file(program, tmp_path):
+    lines, before = ["Hello there", "@home", "-"], tmp_path / "before.txt"
+    (tmp_path / "lines").write_text("\n".join([lines[0], "", *lines[1:], "  "]))
+    before.write_text("Some text")
+    flags = ("--prompts", tmp_path / "lines", "-m", 12, "--stats", "json")
+    code, out, err = program("generate", f"@{before}", "--batch-size", 2, *flags)
+    assert code == 0, err
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [f["index"] for f in found] == [0, 1, 2]
+    for line, f in zip(lines, found, strict=True):
+        single = program("generate", f"Some text\n\n{line}", "-m", 12)
+        assert (f["text"], f["tokens"], f["finish_reason"]) == (single[1][:-1], 12, "length")
+    assert json.loads(err)["generated_tokens"] == 36
+    hot = ("--temp", 2, "--seed", 3)
+    assert program("generate", *flags, *hot)[1] == program("generate", *flags, *hot)[1] != out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("Hello",), "'Hello' is given, and --prompts"),
+        (("--kv-bits", 4, "--kv-group-size", 32), "--kv-bits is for one prompt"),
+        (("--prompt-lookup",), "--prompt-lookup is for one prompt"),
+        (("--prompt-cache", "x"), "--prompt-cache is for one prompt"),
+        (("--batch-size", 0), "whole number of 1 or more"),
+    ],
+)
+def test_flags_that_do_not_go_with_prompts(program, tmp_path, flags, words):
+    (tmp_path / "lines").write_text("a\nb\n")
+    code, out, err = program("generate", "--prompts", tmp_path / "lines", *flags)
+    assert code == 2 and not out and words in err
+    (tmp_path / "lines").write_text("\n \n")
+    code, out, err = program("generate", "--prompts", tmp_path / "lines")
+    assert code == 2 and "no lines" in err
+    code, out, err = program("generate", "Hello", "--batch-size", 3)
+    assert code == 2 and "without --prompts" in err
