@@ -88,7 +88,7 @@ def reply(
     """
     import mlx.core as mx
 
-    from .batch import stream_replies
+    from .replies import stream_replies
 
     if sampling.vocab_size(model) is not None:
         options.check_vocab(sampling.vocab_size(model))

@@ -3,9 +3,10 @@
 import json
 
 import hydra_mlx
-from hydra_mlx.batch import Batch, stream_replies
+from hydra_mlx.batch import Batch
 from hydra_mlx.checkpoints import Checkpoints
 from hydra_mlx.errors import CacheError, UsageError
+from hydra_mlx.replies import stream_replies
 from hydra_mlx.sampling import SamplingOptions
 from hydra_mlx.sequence import CachedSequence
 
