@@ -19,7 +19,6 @@ from hydra_mlx.kernels import dispatch
 from hydra_mlx.trial import Trial
 
 import mlx.core as mx
-
 from gpu_step import FA_HEADS, decode, filled, hydra, recurrent
 
 
