@@ -10,7 +10,7 @@ replaying the same calls is what makes a return to an earlier position exact; se
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -35,12 +35,24 @@ class Checkpoint:
     Attributes:
         position: Tokens read. line: Its place on the grid, None between lines. marked: Asked for.
         slots: ((conv tail, state), ...) in the order of the cache list.
+        check: Of slots that come from a file: raises if it has changed under them.
     """
 
     position: int
     line: int | None
     marked: bool
     slots: tuple
+    check: Callable | None = None
+
+    def read(self):
+        """Have the slots in memory, as they were kept.
+
+        Raises:
+            CacheError: The file they come from has changed.
+        """
+        mx.eval(self.slots)
+        if self.check is not None:
+            self.check()
 
     @property
     def nbytes(self) -> int:
@@ -106,6 +118,16 @@ class Checkpoints:
         while context and every % 2 == 0 and every // 2 >= FINEST and context <= every // 2 * even:
             every //= 2
         return cls(every, most, marks, dtype)
+
+    @property
+    def held(self) -> tuple:
+        """The Checkpoints kept, by position; not the latest state."""
+        return tuple(self._held)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the latest state is known; not while a rollback is under way."""
+        return self._latest is not None
 
     @property
     def positions(self) -> list:
@@ -203,6 +225,24 @@ class Checkpoints:
         pairs = zip(slots_of(cache), self._latest, strict=True)
         moved = [a is not b for now, then in pairs for a, b in zip(now, then, strict=True)]
         return any(moved), bool(moved) and all(moved)
+
+    def resume(self, calls: Calls, furthest: int, held: Sequence, cache: list):
+        """Take up what was kept, of other checkpoints with the same grid, beside this cache.
+
+        Raises:
+            CacheError: The parts contradict each other.
+        """
+        at, end = [c.position for c in held], cached_tokens(cache)
+        slots = slots_of(cache)
+        shapes = {tuple(None if x is None else x.shape for x in p) for p in slots}
+        kept = {tuple(None if x is None else x.shape for x in p) for c in held for p in c.slots}
+        fits = all(len(c.slots) == len(slots) for c in held) and kept <= shapes
+        if not (fits and at == sorted({*at}) and all(0 < n <= end for n in at)):
+            raise CacheError("The checkpoints do not fit the cache.")
+        if calls.end != end or furthest < end:
+            raise CacheError(f"The checkpoints go to {calls.end}, but the cache to {end}.")
+        self.calls, self.furthest, self._held = calls, furthest, list(held)
+        self._latest = slots
 
     def bound(self, position: int, call: int = 0) -> int:
         """Grid.bound for this sequence."""

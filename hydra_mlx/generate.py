@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import cli, draft_flags, prompt_list, prompts, sampling, stats
+from . import checkpoint_options, cli, draft_flags, prompt_list, prompts, sampling, stats
 from .errors import CheckpointError, UsageError
 from .text import count, first_line, read_prompt
 
@@ -25,10 +25,12 @@ piped text come first, the prompt after them, a blank line between. Nothing is u
 --prompt-cache FILE: made if absent; otherwise what the model has read is taken from it, and it is
   updated after the run. It belongs to one model, dtype and adapter, is checked byte by byte, and
   is never left half written. With a chat template the prompt is the next turn of the conversation
-  in the file. Without one the prompt must begin with the text in the file (prompt and reply).
-  Otherwise the run ends before any work and the file stays as it is, unless
-  --prompt-cache-overwrite. To ask many questions about one text: make the file with -m 0, then
-  use it with --prompt-cache-ro. End the name in .safetensors and mlx_lm can read it too.
+  in the file. Without one it is a new version of the text in the file: what both begin with is kept
+  as far back as there is a checkpoint, the rest is read anew, and the file has the new text then.
+  A prompt that shares less than a tenth of the file's tokens is refused before any work and the
+  file stays as it is, unless --prompt-cache-overwrite. To ask many questions about one text: make
+  the file with -m 0, then use it with --prompt-cache-ro. End the name in .safetensors and mlx_lm
+  can read it too.
 
 Ctrl-C ends the reply, still writes the prompt cache and the statistics, and exits with 130.
 """
@@ -111,7 +113,10 @@ def build_parser() -> cli.Parser:
     cache.add_argument("--prompt-cache-ro", action="store_true", help="do not update it")
     cache.add_argument("--prompt-cache-overwrite", action="store_true", help="ignore what is in it")
     cache.add_argument(
-        "--kv-bits", type=int, metavar="N", help="quantise keys and values: 2, 3, 4, 5, 6 or 8 bits"
+        "--kv-bits",
+        type=parse_bits,
+        metavar="N[,N]",
+        help="quantise keys and values: 2, 3, 4, 5, 6 or 8 bits; 8,4 is 8 for keys, 4 for values",
     )
     cache.add_argument("--kv-group-size", type=int, metavar="N", help="32, 64 or 128 (default 64)")
     cache.add_argument(
@@ -123,10 +128,11 @@ def build_parser() -> cli.Parser:
     cache.add_argument(
         "--prefill-step-size",
         type=cli.number(int, 1),
-        default=2048,
         metavar="N",
-        help="prompt tokens at a time; smaller needs less memory (default 2048)",
+        help="prompt tokens at a time, at most; smaller needs less memory (default 2048, or 512 "
+        "with checkpoints)",
     )
+    checkpoint_options.add_flags(cache)
     draft_flags.add_flags(p)
     prompt_list.add_flags(p)
     stats.add_flags(p)
@@ -143,6 +149,17 @@ _REFUSED = {
 }
 
 
+def parse_bits(text: str) -> int | tuple:
+    """--kv-bits: "4", or "8,4" for keys and values; an argparse type."""
+    try:
+        found = tuple(int(n) for n in text.split(","))
+    except ValueError:
+        found = ()
+    if len(found) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits, or two such as 8,4")
+    return found[0] if len({*found}) == 1 else found
+
+
 def check_flags(args: argparse.Namespace):
     """Flags that contradict each other or would do nothing; fills in defaults.
 
@@ -155,11 +172,21 @@ def check_flags(args: argparse.Namespace):
     for name in ("kv_group_size", "quantized_kv_start"):
         if getattr(args, name) is not None and args.kv_bits is None:
             raise UsageError(f"{sampling.flag(name)} has no effect without --kv-bits.")
-    for name in ("prompt_cache_ro", "prompt_cache_overwrite"):
-        if getattr(args, name) and args.prompt_cache is None:
+    for name in (
+        "prompt_cache_ro",
+        "prompt_cache_overwrite",
+        "checkpoints",
+        "checkpoint_dtype",
+    ):
+        if getattr(args, name) not in (None, False) and args.prompt_cache is None:
             raise UsageError(f"{sampling.flag(name)} has no effect without --prompt-cache FILE.")
     if args.prompt_cache_ro and args.prompt_cache_overwrite:
         raise UsageError("--prompt-cache-ro and --prompt-cache-overwrite exclude each other.")
+    for name in ("checkpoints", "checkpoint_dtype"):
+        if getattr(args, name) is not None and args.prompt_cache_ro:
+            raise UsageError(
+                f"{sampling.flag(name)} has no effect with --prompt-cache-ro: the file's are used."
+            )
     if args.ignore_chat_template and args.use_default_chat_template:
         raise UsageError(
             "--ignore-chat-template and --use-default-chat-template exclude each other."
@@ -193,6 +220,9 @@ def work(args: argparse.Namespace) -> int:
     """Do what the flags say; returns the exit code."""
     check_flags(args)
     options = sampling.from_args(args)
+    points = checkpoint_options.from_args(
+        args, bool(args.prompt_cache) and not args.prompt_cache_ro
+    )
     chat = prompts.ChatOptions(
         template=not args.ignore_chat_template,
         default_template=args.use_default_chat_template,
@@ -225,15 +255,18 @@ def work(args: argparse.Namespace) -> int:
     load_s = time.perf_counter() - start
     if many:
         return prompt_list.reply(args, options, tokenizer, model, requests, note)
-    drafts = draft_flags.make(args, model, draft)
-    return reply(args, options, tokenizer, model, requests[0], load_s, note, drafts)
+    drafts, request = draft_flags.make(args, model, draft), requests[0]
+    start = time.perf_counter()
+    sequence = request.make_sequence(model, points, note, args.quantized_kv_start or 0)
+    load_s += time.perf_counter() - start
+    return reply(args, options, tokenizer, sequence, request, load_s, note, drafts)
 
 
 def reply(
     args: argparse.Namespace,
     options: sampling.SamplingOptions,
     tokenizer: Any,
-    model: Any,
+    sequence: Any,
     request: Any,
     load_s: float,
     note: Callable,
@@ -241,32 +274,30 @@ def reply(
 ) -> int:
     """Generate, print, save the prompt cache, print the figures; returns the exit code."""
     from .generation import stream_generate
+    from .kv_cache import kv_format
 
+    model = sequence.model
     if sampling.vocab_size(model) is not None:
         options.check_vocab(sampling.vocab_size(model))
-    cache = request.make_cache(model)
     sampler, processors = options.make(tokenizer)
     seed = options.apply_seed()
     out, tokens = cli.Reply(), []
-    show = not args.quiet and len(request.rest) > 512
+    rest = len(request.ids) - request.kept
+    show = not args.quiet and rest > 512
     with cli.Interrupt() as interrupt, contextlib.ExitStack() as stack:
         bar = stack.enter_context(cli.progress("prompt", show, "tokens"))
         for part in stream_generate(
             model,
             tokenizer,
-            request.rest,
+            request.ids,
             max_tokens=request.max_tokens,
             sampler=sampler,
             logits_processors=processors,
-            prompt_cache=cache,
             prefill_step_size=args.prefill_step_size,
-            kv_bits=request.kv_bits,
-            kv_group_size=request.kv_group_size,
-            quantized_kv_start=args.quantized_kv_start or 0,
             stop=args.stop,
             progress=lambda done, total: bar("prompt", done, total),
             should_stop=lambda: interrupt() or out.broken,
-            cached_tokens=request.cached,
+            sequence=sequence,
             drafts=drafts,
             law=options.law(tokenizer),
         ):
@@ -278,9 +309,9 @@ def reply(
         if tokens:
             out.write("\n")
         if part.finish_reason == "interrupt" and not out.broken:
-            done = f"{timings.processed_tokens:,} of {count(len(request.rest), 'prompt token')}"
+            done = f"{timings.processed_tokens:,} of {count(rest, 'prompt token')}"
             note(f"Interrupted after {count(len(tokens), 'token') if tokens else done}.")
-        if args.kv_bits and not any(hasattr(c, "bits") for c in cache):
+        if args.kv_bits and not any(map(kv_format, sequence.cache)):
             cli.say("--kv-bits had no effect: --quantized-kv-start was not reached.")
         if args.prompt_cache is not None and not args.prompt_cache_ro:
             n = request.save(
@@ -288,12 +319,15 @@ def reply(
                 args.model or "the default model",
                 model,
                 tokenizer,
-                cache,
+                sequence,
                 tokens,
-                timings.processed_tokens,
                 args.prefill_response or "",
             )
-            note(f"{args.prompt_cache} holds {count(n, 'token')}." if n else "Nothing to save.")
+            note(
+                f"{args.prompt_cache} holds {count(n, 'token')}."
+                if n
+                else f"Nothing to save: {args.prompt_cache} is as it was."
+            )
     if args.stats != "off":
         device, blas = stats.backend()
         weights = getattr(model, "load_report", None) and model.load_report.weights

@@ -1,4 +1,4 @@
-"""The reply, token by token: mlx-lm's loop with stop strings, interrupts and checked arguments.
+"""The reply, token by token: a CachedSequence's, with stop strings and checked arguments.
 
 However stream_generate ends, the cache holds the prompt and the tokens yielded, no more; after an
 interrupt during the prompt its first Timings.processed_tokens tokens.
@@ -9,29 +9,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx_lm.generate import (
-    generate_step,
-    generation_stream,
-    maybe_quantize_kv_cache,
-    wired_limit,
-)
+from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import cache as caches
+from .checkpoints import Checkpoints
+from .config import HydraArgs
 from .errors import UsageError
+from .kv_cache import BITS, GROUP_SIZES, HydraKVCache, in_words, kv_format
 from .layer_kernels import summary
 from .sampling import prompt_ids
 from .sequence import CachedSequence
 from .stats import Timings
 from .text import StopMatcher
 
-KV_BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what mx.quantize offers
+# Tokens of a reply that room is made for before it begins; a quarter of a longer prompt.
+REPLY_ROOM = 1024
+PREFILL_STEP = 2048
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,6 @@ class Part:
     timings: Timings | None = None
 
 
-class _Stopped(Exception):
-    """Raised between prefill steps, where every layer's cache is at the same token."""
-
-
 def stream_generate(
     model: Any,
     tokenizer: Any,
@@ -63,14 +57,15 @@ def stream_generate(
     sampler: Callable | None = None,
     logits_processors: list | None = None,
     prompt_cache: list | None = None,
-    prefill_step_size: int = 2048,
-    kv_bits: int | None = None,
+    prefill_step_size: int | None = None,
+    kv_bits: int | tuple | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 0,
     stop: Sequence = (),
     progress: Callable | None = None,
     should_stop: Callable | None = None,
     cached_tokens: Sequence = (),
+    sequence: CachedSequence | None = None,
     drafts: Any = None,
     law: Callable | None = None,
 ) -> Iterator[Part]:
@@ -83,13 +78,16 @@ def stream_generate(
         sampler: log-probabilities [1, V] -> token [1]; None takes the likeliest.
         logits_processors: Each (tokens [T], logits [1, V]) -> logits.
         prompt_cache: From model.make_cache(), extended in place; None makes one.
-        prefill_step_size: Prompt tokens that go through the model at once.
+        prefill_step_size: Prompt tokens that go through the model at once, at most; None is 2048,
+            or what lies between a sequence's checkpoints.
         kv_bits: 2, 3, 4, 5, 6 or 8 quantises keys and values, in groups of kv_group_size, once the
-            cache holds quantized_kv_start tokens.
+            cache holds quantized_kv_start tokens; (8, 4) is 8 for keys and 4 for values.
         stop: The reply ends before the first of these strings.
         progress: Called with (prompt tokens done, all) after each prefill step.
         should_stop: Asked between prefill steps and between tokens; True ends the reply.
-        cached_tokens: Ids of what prompt_cache holds, for penalties that look back and drafts.
+        cached_tokens: Ids of what prompt_cache holds, for penalties that look back.
+        sequence: Instead of prompt_cache: the prompt is then the whole one, of which the sequence
+            keeps what it can, going back as far as needed.
         drafts: LookupDrafts or ModelDrafts for speculative decoding (speculative.py); processors
             must then depend on their arguments alone. law: SamplingOptions.law, with ModelDrafts.
 
@@ -100,108 +98,117 @@ def stream_generate(
         tokenizer = TokenizerWrapper(tokenizer)
     if max_tokens < -1:
         raise UsageError(f"max_tokens is {max_tokens}, expected 0 or more, or -1 for no limit.")
-    if prefill_step_size < 1:
+    if prefill_step_size is not None and prefill_step_size < 1:
         raise UsageError(f"prefill_step_size is {prefill_step_size}, expected 1 or more.")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stops:
         raise UsageError("A stop string is empty, which would end every reply at once.")
     ids = prompt_ids(model, tokenizer, prompt)
-    if prompt_cache is None:
-        prompt_cache = make_prompt_cache(model)
+    whole = sequence is not None
+    if sequence is None:
+        sequence = make_sequence(
+            model, prompt_cache, cached_tokens, None, kv_bits, kv_group_size, quantized_kv_start
+        )
+    elif prompt_cache is not None or len(cached_tokens) or kv_bits is not None:
+        raise UsageError("A sequence has a cache, its tokens and its kv-bits: give no others.")
+    elif sequence.model is not model:
+        raise UsageError("The sequence belongs to another model.")
+    if prefill_step_size is None and not sequence.keeps_checkpoints:
+        prefill_step_size = PREFILL_STEP
+    run = _Run(sequence, ids, whole, tokenizer, StopMatcher(stops), progress, should_stop)
+    run.drafts = drafts
+
+    def reply(rest: list) -> Iterator[int]:
+        return sequence.generate(
+            rest,
+            max_tokens,
+            sampler,
+            logits_processors,
+            prefill_step_size,
+            run.between,
+            run.should_stop,
+            drafts,
+            law,
+        )
+
+    return run.parts(reply, max_tokens)
+
+
+def make_sequence(
+    model: Any,
+    cache: list | None = None,
+    tokens: Sequence = (),
+    checkpoints: Checkpoints | None = None,
+    kv_bits: int | tuple | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 0,
+) -> CachedSequence:
+    """A CachedSequence whose keys and values are kept as asked.
+
+    Args:
+        cache, tokens, checkpoints: As in CachedSequence. Others: as in stream_generate.
+
+    Raises:
+        UsageError: kv_bits that cannot be honoured. CacheError: Parts that do not agree.
+    """
+    cache = make_prompt_cache(model) if cache is None else cache
     if kv_bits is not None:
-        check_kv_bits(model, prompt_cache, kv_bits, kv_group_size, quantized_kv_start)
-        if quantized_kv_start == 0 and _words_fit(head_dim(model), kv_bits):
-            caches.quantise_cache(prompt_cache, kv_bits, kv_group_size)
-    run = _Run(prompt_cache, len(ids), tokenizer, StopMatcher(stops), progress, should_stop)
-    if drafts is not None:
-        kv = {"kv_bits": kv_bits, "kv_group_size": kv_group_size}
-        sequence = CachedSequence(
-            model,
-            cache=prompt_cache,
-            tokens=cached_tokens,
-            kv=partial(maybe_quantize_kv_cache, quantized_kv_start=quantized_kv_start, **kv),
-        )
-        run.drafts = drafts
-        steps = _paired(
-            sequence.generate(
-                ids,
-                max_tokens,
-                sampler,
-                logits_processors,
-                prefill_step_size,
-                run.between,
-                should_stop,
-                drafts,
-                law,
-            )
-        )
-        return run.parts(steps, max_tokens, model)
-    if logits_processors and len(cached_tokens):
-        before = mx.array(np.asarray(cached_tokens, np.int32))
-        logits_processors = [_looking_back(p, before) for p in logits_processors]
-    steps = generate_step(
-        mx.array(ids),
-        model,
-        max_tokens=max_tokens,
-        sampler=sampler,
-        logits_processors=logits_processors,
-        prompt_cache=prompt_cache,
-        prefill_step_size=prefill_step_size,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        quantized_kv_start=quantized_kv_start,
-        prompt_progress_callback=run.between,
-    )
-    return run.parts(steps, max_tokens, model)
+        check_kv_bits(model, cache, kv_bits, kv_group_size, quantized_kv_start)
 
+    def kv(cache: list):
+        if is_hydra(model):
+            caches.own_cache(cache)
+        if kv_bits is not None and held_tokens(cache) >= quantized_kv_start:
+            _quantise(model, cache, kv_bits, kv_group_size)
 
-def _paired(tokens: Iterator) -> Iterator[tuple]:
-    """As generate_step yields them."""
-    with contextlib.closing(tokens):
-        for token in tokens:
-            yield token, None
-
-
-def _looking_back(process: Callable, before: mx.array) -> Callable:
-    return lambda tokens, logits: process(mx.concatenate([before, tokens]), logits)
+    return CachedSequence(model, checkpoints, cache, tokens, kv)
 
 
 class _Run:
     """One reply: the loop and what is counted in it."""
 
-    def __init__(self, cache, total, tokenizer, matcher, progress, should_stop):
-        self.cache, self.total, self.tokenizer, self.matcher = cache, total, tokenizer, matcher
+    def __init__(self, sequence, ids, whole, tokenizer, matcher, progress, should_stop):
+        self.sequence, self.ids, self.whole = sequence, ids, whole
+        self.tokenizer, self.matcher = tokenizer, matcher
         self.progress = progress or (lambda done, total: None)
         self.should_stop = should_stop or (lambda: False)
-        self.held = held_tokens(cache)
-        self.processed = self.generated = 0
+        self.held = self.total = self.processed = self.generated = 0
         self.start = self.first = self.last = None
         self.drafts = None
 
     def between(self, done: int, total: int):
-        """generate_step's callback. At done == total a token is under way: too late to stop."""
+        """After each call of the prompt, and with done == total when the first token is there."""
         self.processed = done
         self.progress(done, total)
-        if done < total and self.should_stop():
-            raise _Stopped
 
-    def parts(self, steps: Iterator, max_tokens: int, model: Any) -> Iterator[Part]:
+    def begin(self, max_tokens: int) -> list:
+        """What is left to read."""
+        sequence, ids = self.sequence, self.ids
+        self.held = sequence.fit(ids) if self.whole else len(sequence)
+        rest = ids[self.held :] if self.whole else ids
+        self.total = len(rest)
+        if is_hydra(sequence.model):
+            room = min(max(max_tokens, 0), max(REPLY_ROOM, len(rest) // 4))
+            caches.own_cache(sequence.cache, self.held + len(rest) + room)
+        return rest
+
+    def parts(self, reply: Callable, max_tokens: int) -> Iterator[Part]:
         detokenizer = self.tokenizer.detokenizer
         ends = self.tokenizer.eos_token_ids
-        reason = None
+        model, reason = self.sequence.model, None
         with contextlib.ExitStack() as stack:
             with contextlib.redirect_stdout(sys.stderr):  # it warns on stdout, the reply's place
                 stack.enter_context(wired_limit(model, [generation_stream]))
-            stack.enter_context(contextlib.closing(steps))
             self.start = time.perf_counter()
+            steps = stack.enter_context(contextlib.closing(reply(self.begin(max_tokens))))
             while reason is None:
                 token = None
-                try:
-                    if self.should_stop():
-                        raise _Stopped
-                    token = next(steps, (None, None))[0]
-                except _Stopped:
+                if self.should_stop():
                     reason = "interrupt"
+                else:
+                    token = next(steps, None)
+                    if token is None and self.processed < self.total:
+                        reason = "interrupt"
                 self._tick(token, reason)
                 if token is None:
                     reason = reason or "length"
@@ -233,7 +240,7 @@ class _Run:
     def timings(self, reason: str, kernels: str | None) -> Timings:
         prompt_s = None if self.first is None else self.first - self.start
         reply_s = None if self.generated < 2 else self.last - self.first
-        kv, state = caches.cache_bytes(self.cache)
+        kv, state = caches.cache_bytes(self.sequence.cache)
         tally = None if self.drafts is None else self.drafts.tally
         passes = (None,) * 3 if tally is None else (tally.passes, tally.drafted, tally.accepted)
         return Timings(
@@ -248,7 +255,7 @@ class _Run:
             peak_memory_bytes=mx.get_peak_memory(),
             kv_bytes=kv,
             state_bytes=state,
-            kv=caches.describe(self.cache),
+            kv=caches.describe(self.sequence.cache),
             finish_reason=reason,
             kernels=kernels,
             passes=passes[0],
@@ -265,8 +272,8 @@ def generate(
     sampler: Callable | None = None,
     logits_processors: list | None = None,
     prompt_cache: list | None = None,
-    prefill_step_size: int = 2048,
-    kv_bits: int | None = None,
+    prefill_step_size: int | None = None,
+    kv_bits: int | tuple | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 0,
     stop: Sequence = (),
@@ -302,21 +309,45 @@ def head_dim(model: Any) -> int | None:
     return found or (hidden // heads if heads and hidden else None)
 
 
-def _words_fit(D: int | None, bits: int) -> bool:
+def is_hydra(model: Any) -> bool:
+    """Whether our own cache classes can serve this model."""
+    return isinstance(getattr(model, "args", None), HydraArgs)
+
+
+def _quantise(model: Any, cache: list, bits: int | tuple, group_size: int):
+    if is_hydra(model):
+        caches.quantise_cache(cache, bits, group_size)
+        return
     # mlx-lm's empty QuantizedKVCache sizes rows as D // (32 // bits) words, too many for some D
     # (128 at 5 and 6 bits). Those are quantised after the first prefill step, which is right.
-    return D is None or D // (32 // bits) == D * bits // 32
+    D = head_dim(model)
+    for i, c in enumerate(cache):
+        if isinstance(c, KVCache) and not c.empty():
+            cache[i] = c.to_quantized(group_size=group_size, bits=bits)
+        elif isinstance(c, KVCache) and (D is None or D // (32 // bits) == D * bits // 32):
+            cache[i] = QuantizedKVCache(group_size=group_size, bits=bits)
 
 
-def check_kv_bits(model: Any, cache: list, bits: int, group_size: int, start: int):
+def check_kv_bits(model: Any, cache: list, bits: int | tuple, group_size: int, start: int):
     """Whether --kv-bits can be honoured.
 
     Raises:
         UsageError: Bits or group size do not exist or do not fit, or the cache of this model
             cannot be quantised.
     """
-    if bits not in KV_BITS:
-        raise UsageError(f"kv-bits is {bits}, expected one of {', '.join(map(str, KV_BITS))}.")
+    pair = bits if isinstance(bits, Sequence) else (bits, bits)
+    if len(pair) != 2 or not {*pair} <= {*BITS}:
+        shown = ",".join(map(str, pair)) if isinstance(bits, Sequence) else bits
+        raise UsageError(
+            f"kv-bits is {shown}, expected one of {', '.join(map(str, BITS))}, or two for keys and "
+            "values."
+        )
+    if isinstance(bits, Sequence) and not is_hydra(model):
+        raise UsageError(
+            f"kv-bits {in_words(*pair)}: only HydraHead models can keep keys and values in "
+            "different numbers of bits.",
+            f"Use --kv-bits {max(pair)}.",
+        )
     if start < 0:
         raise UsageError(f"quantized-kv-start is {start}, expected 0 or more.")
     D = head_dim(model)
@@ -334,16 +365,18 @@ def check_kv_bits(model: Any, cache: list, bits: int, group_size: int, start: in
             "Leave --kv-bits out; the recurrent state stays float32.",
         )
     kinds = {type(c) for c in cache if hasattr(c, "offset") or hasattr(c, "caches")}
-    if not kinds or kinds - {KVCache, QuantizedKVCache}:
+    if not kinds or kinds - {HydraKVCache, KVCache, QuantizedKVCache}:
         names = ", ".join(sorted(k.__name__ for k in kinds)) or "no keys and values"
         raise UsageError(
             f"kv-bits cannot be used: the cache of this model ({names}) cannot be quantised.",
             "Leave --kv-bits out.",
         )
     for c in cache:
-        if isinstance(c, QuantizedKVCache) and (c.bits, c.group_size) != (bits, group_size):
+        held = kv_format(c)
+        if held is not None and held != (*pair, group_size):
+            words = in_words(*held[:2])
             raise UsageError(
-                f"kv-bits {bits} in groups of {group_size}, but the cache holds {c.bits} bits in "
-                f"groups of {c.group_size}.",
-                f"Use --kv-bits {c.bits} --kv-group-size {c.group_size}, or another cache.",
+                f"kv-bits {in_words(*pair)} in groups of {group_size}, but the cache holds {words} "
+                f"bits in groups of {held[2]}.",
+                f"Use --kv-bits {words} --kv-group-size {held[2]}, or another cache.",
             )

@@ -100,7 +100,7 @@ def reply(
         for parts in stream_replies(
             model,
             tokenizer,
-            [r.rest for r in requests],
+            [r.ids for r in requests],
             [r.max_tokens for r in requests],
             sampler if options.temp else None,
             processors,
@@ -125,7 +125,7 @@ def reply(
     if args.stats != "off":
         figures = {
             "prompts": len(requests),
-            "prompt_tokens": sum(len(r.rest) for r in requests),
+            "prompt_tokens": sum(len(r.ids) for r in requests),
             "generated_tokens": sum(tokens),
             "seconds": round(seconds, 3),
             "tokens_per_second": round(sum(tokens) / seconds, 3),

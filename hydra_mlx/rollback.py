@@ -28,9 +28,10 @@ from .cache import CONV, STATE
 from .checkpoints import Checkpoint, Checkpoints, slots_of
 from .config import HydraArgs
 from .errors import CacheError, UsageError
+from .kv_cache import HydraKVCache, kv_format
 from .trial import Trial
 
-KINDS = (KVCache, QuantizedKVCache, ArraysCache)  # what can go back
+KINDS = (HydraKVCache, KVCache, QuantizedKVCache, ArraysCache)  # what can go back
 BLOCK = 4096  # ids compared at a time
 
 
@@ -40,7 +41,7 @@ def obstacle(model: Any, cache: list) -> str:
     if odd:
         return f"a cache with {', '.join(odd)}"
     states = any(isinstance(c, ArraysCache) for c in cache)
-    if states and not isinstance(getattr(model, "args", None), HydraArgs):
+    if states and not _is_hydra(model):
         return f"the states of {type(model).__module__.rsplit('.', 1)[-1]}"
     return ""
 
@@ -93,7 +94,9 @@ def append(
     ids, logits = _ids(tokens), None
     stop = start + len(ids)
     for a, b in call_ends(start, stop, step, checkpoints.grid.every):
-        logits = _forward(model, cache, ids[a - start : b - start])[:, -1]
+        h = _forward(model, cache, ids[a - start : b - start])
+        if b == stop:
+            logits = (model.head(h[:, -1:]) if _is_hydra(model) else h)[:, -1]
         checkpoints.note(cache, mark and b == stop)
     if start == stop and mark:
         checkpoints.note(cache, True)
@@ -168,6 +171,8 @@ def _go_back(
 ) -> int:
     point = checkpoints.nearest(position)
     start = 0 if point is None else point.position
+    if point is not None:
+        point.read()
     if exact:
         calls = checkpoints.calls
         # What the last call rejected does not matter where it is cut.
@@ -242,14 +247,13 @@ def reuse(
 def fork_cache(cache: list) -> list:
     """A second cache of the same tokens; memory is shared until one of them writes.
 
-    An update writes into a key/value array through its Python object, so each cache needs objects
-    of its own; what they stand for MLX copies at the first write.
+    See HydraKVCache.fork; mlx-lm's own classes likewise.
     """
-    forks = [copy.copy(c) for c in cache]
+    forks = [c.fork() if isinstance(c, HydraKVCache) else copy.copy(c) for c in cache]
     for c in forks:
         if isinstance(c, ArraysCache):
             c.cache = list(c.cache)
-        else:
+        elif not isinstance(c, HydraKVCache):
             c.keys, c.values = tree_map(copy.copy, (c.keys, c.values))
     return forks
 
@@ -259,9 +263,13 @@ def _ids(tokens: Sequence) -> mx.array:
 
 
 def _forward(model: Any, cache: list, ids: mx.array) -> mx.array:
-    logits = model(ids[None], cache=cache)
-    mx.eval([c.state for c in cache])  # not the logits: few of them are wanted
-    return logits
+    h = (model.model if _is_hydra(model) else model)(ids[None], cache)
+    mx.eval([c.state for c in cache])  # not the logits: those of one token are wanted
+    return h
+
+
+def _is_hydra(model: Any) -> bool:
+    return isinstance(getattr(model, "args", None), HydraArgs)
 
 
 def _offsets(model: Any, cache: list) -> tuple:
@@ -287,9 +295,11 @@ def _offsets(model: Any, cache: list) -> tuple:
             fits = x is None or x.shape[-2:] == (D, D)
             whole = c.lengths is None and c.left_padding is None
         else:
-            x = c.keys[1] if isinstance(c.keys, tuple | list) else c.keys
-            width = None if x is None or D is None else x.shape[-1] * getattr(c, "group_size", 1)
-            fits, whole = width in (None, D), True
+            few, x = kv_format(c), c.keys
+            if few is not None and x is not None:
+                x = x[1]  # the scales, one for each group
+            fits = x is None or D in (None, x.shape[-1] * (few[2] if few else 1))
+            whole = True
         if not whole or (x is not None and x.shape[0] != 1):
             raise CacheError("A batch cannot go back: expected a cache of one sequence.")
         if not fits:
@@ -309,6 +319,8 @@ def _restore(cache: list, point: Checkpoint | None, position: int):
             tail, state = (None, None) if point is None else next(slots)
             c[CONV] = tail
             c[STATE] = None if state is None else state.astype(mx.float32)
+        elif isinstance(c, HydraKVCache):
+            c.trim(c.offset - position)
         elif position == 0:
             c.keys = c.values = None
             c.offset = 0

@@ -1,0 +1,183 @@
+"""Reading a long document into a cache that is to be kept: from the start, or from what is there."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import cache as caches
+from .checkpoints import Checkpoints, checkpoint_bytes
+from .config import HydraArgs
+from .errors import CacheError, UsageError
+from .generation import check_kv_bits
+from .kv_cache import kv_format
+from .loading import memory_bytes
+from .prompt_cache import StoredCache, check_model, fingerprint, save_cache
+from .rollback import append, common_prefix, reuse
+from .text import count, size
+
+
+class Job:
+    """One document on its way into a file.
+
+    job = Job(model, label, ids, text, messages)
+    job.start(None, 2**29)
+    done = job.read(2048, progress, should_stop)
+    job.save(path, done)
+
+    Attributes:
+        kept: Tokens that an older file had. cache, checkpoints: As far as they have come.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        label: str,
+        ids: list,
+        text: str,
+        messages: list | None,
+        bits: tuple | None = None,
+        group_size: int = 64,
+    ):
+        """What is to be read.
+
+        Args:
+            label: The model in words. ids: Of `text`, all that is read. messages: The conversation
+                whose last turn is open; None for plain text.
+            bits: (of keys, of values); None keeps full precision.
+
+        Raises:
+            UsageError: Not a HydraHead model, or bits that it cannot have.
+        """
+        if not isinstance(getattr(model, "args", None), HydraArgs):
+            raise UsageError(
+                "`cache read` keeps checkpoints, which only HydraHead models need and have.",
+                "For this one use: hydra-mlx generate -m 0 --prompt-cache FILE @DOCUMENT",
+            )
+        self.model, self.label, self.ids, self.text = model, label, ids, text
+        self.messages, self.bits, self.group_size = messages, bits, group_size
+        for n in sorted({*bits} if bits else ()):
+            check_kv_bits(model, model.make_cache(), n, group_size, 0)
+        self.kept, self.cache, self.checkpoints = 0, [], None
+
+    def start(self, old: StoredCache | None, budget: int, dtype: str = "float32", step: int = 2048):
+        """Take up an older file's cache, as far as it goes, or an empty one.
+
+        Args:
+            old: Begins with the same tokens, or has checkpoints to go back to. budget: Bytes for
+                checkpoints. step: Tokens of a call.
+
+        Raises:
+            CacheError: Of another model, or it cannot go back. UsageError: See Checkpoints.within.
+        """
+        if old is None:
+            self.cache = caches.own_cache(self.model.make_cache(), len(self.ids))
+            if self.bits:
+                caches.quantise_cache(self.cache, self.bits, self.group_size)
+            itemsize = self.model.model.norm.weight.dtype.size
+            self.checkpoints = Checkpoints.within(
+                self.model.args, budget, len(self.ids), step, dtype, itemsize
+            )
+            return
+        check_model(old, self.model)
+        self._same_bits(old)
+        if old.checkpoints is None:
+            raise CacheError(
+                f"{old.path} has no checkpoints to go on from.",
+                "Add --overwrite to read the document from its beginning.",
+            )
+        self.cache, self.checkpoints = caches.own_cache(old.cache), old.checkpoints
+        if common_prefix(self.ids, old.tokens) < len(old.tokens) or len(old.tokens) == len(
+            self.ids
+        ):
+            self.kept = reuse(self.model, self.cache, self.checkpoints, old.tokens, self.ids)
+        else:
+            self.kept = len(old.tokens)
+        caches.own_cache(self.cache, len(self.ids))
+
+    def _same_bits(self, old: StoredCache):
+        formats = {kv_format(c) for c in old.cache if hasattr(c, "offset")}
+        if self.bits and formats != {(*self.bits, self.group_size)}:
+            raise CacheError(
+                f"{old.path} keeps keys and values in another form than --kv-bits asks for.",
+                "Leave --kv-bits out to go on with it, or add --overwrite.",
+            )
+        found = formats.pop() if formats else None
+        if found is not None:
+            self.bits, self.group_size = found[:2], found[2]
+
+    def plan(self, out: Path) -> str:
+        """What the document will take, one line.
+
+        Raises:
+            UsageError: More memory than this machine has, or more than is free on the disk.
+        """
+        args, T = self.model.args, len(self.ids)
+        itemsize = self.model.model.norm.weight.dtype.size
+        sizes = [caches.bytes_per_number(n, self.group_size, itemsize) for n in self.bits or [None]]
+        kv = int(caches.kv_bytes_per_token(args, sum(sizes) / len(sizes)) * T)
+        state = caches.state_bytes(args, itemsize)
+        points = self.checkpoints
+        most = min(T // points.grid.every, points.grid.most) + points.marks
+        kept = most * checkpoint_bytes(args, points.dtype, itemsize)
+        weights = self.model.load_report.nbytes
+        total, memory = weights + kv + state + kept, memory_bytes()
+        parts = (
+            f"weights {size(weights)}, keys and values {size(kv)}, states {size(state)}, "
+            f"checkpoints at most {size(kept)}"
+        )
+        if total > memory:
+            raise UsageError(
+                f"{count(T, 'token')} take {size(total)} ({parts}), this machine has {size(memory)}.",
+                "Use --kv-bits 4, or fewer --checkpoints, or a shorter document.",
+            )
+        file, free = kv + state + kept, shutil.disk_usage(out.resolve().parent).free
+        if file > free:
+            raise UsageError(
+                f"The cache takes up to {size(file)}, but {size(free)} are free on its disk.",
+                "Free some space, or use --kv-bits 4 or fewer --checkpoints.",
+            )
+        return f"{count(T, 'token')}: {parts}; {size(total)} of {size(memory)} of memory."
+
+    def read(self, step: int, progress: Callable, should_stop: Callable) -> int:
+        """Read the rest.
+
+        Args:
+            step: Tokens a call at most. progress: Called with (tokens done, all) after each.
+            should_stop: Asked before each; True ends the reading.
+
+        Returns:
+            Tokens held now; fewer than all only when stopped.
+        """
+        T, a = len(self.ids), self.kept
+        progress(a, T)
+        while a < T and not should_stop():
+            b = min((a // step + 1) * step, T)
+            append(self.model, self.cache, self.checkpoints, self.ids[a:b], step, b == T)
+            mx.clear_cache()
+            progress(b, T)
+            a = b
+        return a
+
+    def save(self, path: Path, done: int):
+        """Write the file.
+
+        Raises:
+            CacheError: It cannot be written; an older one is as it was.
+        """
+        whole = done == len(self.ids)
+        stored = StoredCache(
+            self.cache,
+            self.ids[:done],
+            self.text if whole else "",
+            done if whole else 0,
+            self.messages if whole or self.messages is None else [],
+            fingerprint(self.model),
+            self.label,
+            checkpoints=self.checkpoints,
+            open_turn=whole and self.messages is not None,
+            wanted=0 if whole else len(self.ids),
+        )
+        save_cache(path, stored)
