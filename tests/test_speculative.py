@@ -8,6 +8,7 @@ from hydra_mlx.errors import UsageError
 from hydra_mlx.sampling import SamplingOptions
 from hydra_mlx.sequence import CachedSequence
 from hydra_mlx.speculative import Judge
+from hydra_mlx.thinning import Calls
 from hydra_mlx.trial import Trial
 
 import mlx.core as mx
@@ -141,6 +142,8 @@ def test_rollback_after_drafts_is_exact(name, right):
     calls = whole.checkpoints.calls
     assert any(calls.rejected(p) for p in range(13, 37))
     assert difference(whole.cache, replayed(whole, name, len(whole))) == 0
+    again = Calls.of(calls.end, [list(r) for r in calls.runs])  # as files keep them
+    assert [again.rejected(p) for p in range(37)] == [calls.rejected(p) for p in range(37)]
     for position in range(14, 37, 4):
         back = whole.fork()
         assert back.back_to(position) <= 24
