@@ -65,15 +65,13 @@ def _read_flags(p: argparse.ArgumentParser):
     p.add_argument("--kv-group-size", type=int, metavar="N", help="32, 64 or 128 (default 64)")
     p.add_argument(
         "--checkpoints",
-        default="512MB",
         metavar="SIZE",
         help="for states to go back to, in memory and in the file (default 512MB)",
     )
     p.add_argument(
         "--checkpoint-dtype",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="float32 goes back exactly (default)",
+        help="float32 (default) goes back exactly",
     )
     p.add_argument(
         "--prefill-step-size",
@@ -83,9 +81,7 @@ def _read_flags(p: argparse.ArgumentParser):
         help="tokens at a time; smaller needs less memory (default 2048)",
     )
     known = p.add_mutually_exclusive_group()
-    known.add_argument(
-        "--update", action="store_true", help="keep what an older CACHE has in common"
-    )
+    known.add_argument("--update", action="store_true", help="keep what an older CACHE has of it")
     known.add_argument("--overwrite", action="store_true", help="ignore what is in an older CACHE")
     cli.add_common(p)
 
@@ -159,7 +155,7 @@ def read(args: argparse.Namespace) -> int:
     from .prompt_cache import check_target, load_cache
 
     out = Path(args.out).expanduser()
-    bits, budget = parse_bits(args.kv_bits), parse_size(args.checkpoints)
+    bits, budget = parse_bits(args.kv_bits), parse_size(args.checkpoints or "512MB")
     if args.kv_group_size is not None and bits is None:
         raise UsageError("--kv-group-size has no effect without --kv-bits.")
     check_target(out)
@@ -179,17 +175,18 @@ def read(args: argparse.Namespace) -> int:
         folder = loading.resolve_path(args.model)
     tokenizer = loading.load_tokenizer(folder)
     text, ids, messages = lay_out(tokenizer, document, chat)
-    kept = _known(old, ids, args)
-    if old is not None and kept == len(ids) == len(old.tokens) and not old.wanted:
-        cli.say(f"{out} holds this document already, {count(kept, 'token')}.")
-        return 0
+    _fits(old, ids, args)
     model = loading.load_model(folder, args.dtype)
     from .reading import Job
 
     label = args.model or "the default model"
     job = Job(model, label, ids, text, messages, bits, args.kv_group_size or 64)
     note: Callable = (lambda line: None) if args.quiet else cli.say
-    job.start(old, budget, args.checkpoint_dtype, args.prefill_step_size)
+    if old is not None and old.tokens == ids and not old.wanted:
+        job.check(old)
+        cli.say(f"{out} holds this document already, {count(len(ids), 'token')}.")
+        return 0
+    job.start(old, budget, args.checkpoint_dtype or "float32", args.prefill_step_size)
     note(job.plan(out))
     if job.kept:
         note(f"{out} has {job.kept:,} of them; {len(ids) - job.kept:,} to read.")
@@ -211,16 +208,17 @@ def read(args: argparse.Namespace) -> int:
     return 0
 
 
-def _known(old: Any, ids: list, args: argparse.Namespace) -> int:
-    """Tokens that an older file begins with alike.
+def _fits(old: Any, ids: list, args: argparse.Namespace):
+    """Whether an older file can be gone on from.
 
     Raises:
         CacheError: It holds something else, and no flag says what to do with it.
+        UsageError: A flag asks for what its checkpoints are not.
     """
     from .rollback import common_prefix
 
     if old is None:
-        return 0
+        return
     same, held = common_prefix(ids, old.tokens), len(old.tokens)
     if same < held and not args.update:
         raise CacheError(
@@ -228,7 +226,11 @@ def _known(old: Any, ids: list, args: argparse.Namespace) -> int:
             "the beginning of this one.",
             "Add --update to keep those, --overwrite to start anew, or take another file.",
         )
-    return same
+    if args.checkpoints or args.checkpoint_dtype:
+        raise UsageError(
+            f"{old.path} is gone on from, and its checkpoints stay as they are.",
+            "Leave out --checkpoints and --checkpoint-dtype, or add --overwrite.",
+        )
 
 
 def info(args: argparse.Namespace) -> int:
@@ -242,9 +244,8 @@ def info(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence | None = None) -> int:
     """Entry point of `hydra-mlx cache`."""
-    return cli.run(
-        build_parser(), lambda args: {"read": read, "info": info}[args.action](args), argv
-    )
+    actions = {"read": read, "info": info}
+    return cli.run(build_parser(), lambda args: actions[args.action](args), argv)
 
 
 if __name__ == "__main__":
