@@ -27,7 +27,7 @@ from .cache_write import write_cache_file
 from .checkpoints import Checkpoints
 from .errors import CacheError, HydraError, UsageError
 from .kv_cache import HydraKVCache
-from .prompts import SAME
+from .rollback import common_prefix
 from .text import first_line
 
 KV = (HydraKVCache, stock.QuantizedKVCache)  # what may stand where a model makes a KVCache
@@ -72,18 +72,13 @@ class StoredCache:
             encode_rest: Encodes what follows the stored text.
 
         Returns:
-            (ids of the whole prompt, how many of them the cache holds, why none of them).
+            (ids of the whole prompt, how many of them are also the first stored ones).
         """
-        n = len(self.tokens)
         ids = whole
-        if whole[:n] != self.tokens and self.text and text.startswith(self.text):
+        if whole[: len(self.tokens)] != self.tokens and self.text and text.startswith(self.text):
             # The model's own tokens stay, even where its text would be encoded another way.
             ids = self.tokens[: self.text_tokens] + encode_rest(text[len(self.text) :])
-        if ids[:n] != self.tokens:
-            return whole, 0, "it begins differently"
-        if len(ids) == n:
-            return whole, 0, SAME
-        return ids, n, ""
+        return ids, common_prefix(ids, self.tokens)
 
     def read(self):
         """Have the arrays of the cache in memory, as they were when the file was checked.

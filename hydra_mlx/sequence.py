@@ -116,6 +116,11 @@ class CachedSequence:
         """Bytes of cache and checkpoints, those shared with forks included."""
         return sum(c.nbytes for c in self.cache if not c.empty()) + self.checkpoints.nbytes
 
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether there is more to go back to than the end."""
+        return not self.obstacle and self.checkpoints.grid.every != NEVER
+
     def keepable(self, new_tokens: Sequence) -> int:
         """What fit would keep, changing nothing; always less than the whole new prompt."""
         if not self.obstacle:
@@ -312,7 +317,8 @@ class CachedSequence:
 
     def _decode(self, last: int, max_tokens: int, sampler: Callable, processors: list) -> Iterator:
         """None when the first token is there, then the ids; each was read when it is yielded."""
-        history = mx.array(np.asarray(self._ids, np.int32)) if processors else None
+        known = [t for t in self._ids if t != UNKNOWN] if processors else []
+        history = mx.array(np.asarray(known, np.int32))
 
         def after(y: mx.array) -> mx.array:  # [1] -> the next one [1], lazy
             nonlocal history

@@ -14,7 +14,7 @@ class Timings:
 
     Attributes:
         prompt_tokens: Tokens of the whole prompt, cached ones included.
-        cached_tokens: Those that a prompt cache held already.
+        cached_tokens: Those that a prompt cache held already and that were not computed again.
         processed_tokens: Those that went through the model in this run; less than the difference
             only after an interrupt.
         prompt_tps: processed_tokens a second, up to the first token of the reply.
