@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from . import cache as caches
-from .checkpoints import Checkpoints, checkpoint_bytes
+from .checkpoint_options import CheckpointOptions
+from .checkpoints import checkpoint_bytes
 from .config import HydraArgs
 from .errors import CacheError, UsageError
 from .generation import check_kv_bits
@@ -22,8 +23,8 @@ class Job:
     """One document on its way into a file.
 
     job = Job(model, label, ids, text, messages)
-    job.start(None, 2**29)
-    done = job.read(2048, progress, should_stop)
+    job.start(None, CheckpointOptions(2**29))
+    done = job.read(None, progress, should_stop)
     job.save(path, done)
 
     Attributes:
@@ -37,7 +38,7 @@ class Job:
         ids: list,
         text: str,
         messages: list | None,
-        bits: tuple | None = None,
+        bits: int | tuple | None = None,
         group_size: int = 64,
     ):
         """What is to be read.
@@ -45,7 +46,7 @@ class Job:
         Args:
             label: The model in words. ids: Of `text`, all that is read. messages: The conversation
                 whose last turn is open; None for plain text.
-            bits: (of keys, of values); None keeps full precision.
+            bits: One number, or (of keys, of values); None keeps full precision.
 
         Raises:
             UsageError: Not a HydraHead model, or bits that it cannot have.
@@ -56,38 +57,24 @@ class Job:
                 "For this one use: hydra-mlx generate -m 0 --prompt-cache FILE @DOCUMENT",
             )
         self.model, self.label, self.ids, self.text = model, label, ids, text
-        self.messages, self.bits, self.group_size = messages, bits, group_size
-        for n in sorted({*bits} if bits else ()):
-            check_kv_bits(model, model.make_cache(), n, group_size, 0)
+        self.messages, self.group_size = messages, group_size
+        if bits is not None:
+            check_kv_bits(model, model.make_cache(), bits, group_size, 0)
+        self.bits = (bits, bits) if isinstance(bits, int) else bits
         self.kept = 0
 
-    def start(self, old: StoredCache | None, budget: int, dtype: str = "float32", step: int = 2048):
+    def start(self, old: StoredCache | None, points: CheckpointOptions):
         """Take up an older file's cache, as far as it goes, or an empty one.
 
-        Args:
-            old: Begins with the same tokens, or has checkpoints to go back to. budget: Bytes for
-                checkpoints. step: Tokens of a call.
-
         Raises:
-            CacheError: Of another model, or it cannot go back. UsageError: See Checkpoints.within.
+            CacheError: Of another model, or in another form. UsageError: See CheckpointOptions.
         """
-        points = old and old.checkpoints
-        if old is None:
-            itemsize = self.model.model.norm.weight.dtype.size
-            points = Checkpoints.within(
-                self.model.args, budget, len(self.ids), step, dtype, itemsize
-            )
-        else:
+        cache, tokens, kept = self.model.make_cache(), (), None
+        if old is not None:
             self.check(old)
-            if points is None:
-                raise CacheError(
-                    f"{old.path} has no checkpoints to go on from.",
-                    "Add --overwrite to read the document from its beginning.",
-                )
-        cache, tokens = (old.cache, old.tokens) if old else (self.model.make_cache(), ())
-        self.sequence = CachedSequence(
-            self.model, points, self._formed(cache), tokens, self._formed
-        )
+            cache, tokens, kept = old.cache, old.tokens, old.checkpoints
+        kept = points.make(self.model, kept, cache)
+        self.sequence = CachedSequence(self.model, kept, self._formed(cache), tokens, self._formed)
         if common_prefix(self.ids, tokens) < len(tokens):
             self.sequence.fit(self.ids)
         self.kept = len(self.sequence)
@@ -126,7 +113,7 @@ class Job:
         kv = int(caches.kv_bytes_per_token(args, sum(sizes) / len(sizes)) * T)
         state = caches.state_bytes(args, itemsize)
         points = self.sequence.checkpoints
-        most = min(T // points.grid.every, points.grid.most) + points.marks
+        most = min(T // points.grid.every, points.grid.most + points.marks)
         kept = most * checkpoint_bytes(args, points.dtype, itemsize)
         weights = self.model.load_report.nbytes
         total, memory = weights + kv + state + kept, memory_bytes()
@@ -147,11 +134,12 @@ class Job:
             )
         return f"{count(T, 'token')}: {parts}; {size(total)} of {size(memory)} of memory."
 
-    def read(self, step: int, progress: Callable, should_stop: Callable) -> int:
+    def read(self, step: int | None, progress: Callable, should_stop: Callable) -> int:
         """Read the rest.
 
         Args:
-            step: Tokens a call at most. progress: Called with (tokens done, all) after each.
+            step: Tokens a call at most; see CachedSequence.read.
+            progress: Called with (tokens done, all) after each.
             should_stop: Asked before each; True ends the reading.
 
         Returns:

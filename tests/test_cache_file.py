@@ -6,13 +6,14 @@ import random
 import resource
 import shutil
 
-import hydra_mlx
+import hydra_mlx  # noqa: F401  (before mlx)
 from hydra_mlx import cache_file, cache_write
 from hydra_mlx.cache import own_cache, quantise_cache
 from hydra_mlx.cache_file import CacheFile
 from hydra_mlx.cache_info import read_info
 from hydra_mlx.checkpoints import Checkpoints
 from hydra_mlx.errors import CacheError
+from hydra_mlx.kv_cache import HydraKVCache
 from hydra_mlx.prompt_cache import StoredCache, fingerprint, load_cache, save_cache
 from hydra_mlx.rollback import rollback
 
@@ -144,8 +145,9 @@ def test_random_sequences_with_files_in_them(name, file, monkeypatch):
 
 
 def test_mlx_lm_reads_it_too(file):
-    hydra_mlx.register()
+    """Without hydra_mlx, where mlx-lm has a class for what is in it."""
     run = document("4 bit")
+    assert type(run.cache[0]) is HydraKVCache
     save_cache(file, stored(run))
     assert difference(load_prompt_cache(str(file)), run.cache) == 0
 

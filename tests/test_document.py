@@ -180,7 +180,7 @@ def test_flags(program, report, out, make_model_dir, tmp_path):
     report.write_text(TEXT + "and more")
     before = out.read_bytes()
     update = (*flags, "--update")
-    refused(read(program, *update, "--checkpoints", "2MB"), "checkpoints stay")
+    refused(read(program, *update, "--checkpoint-dtype", "float32"), "as bfloat16")
     refused(read(program, *update, "--kv-bits", "4", "--kv-group-size", 32), "another form")
     refused(read(program, *update, "--model", make_model_dir(seed=1)), "another model")
     report.write_text(TEXT)
