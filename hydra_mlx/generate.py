@@ -29,7 +29,7 @@ piped text come first, the prompt after them, a blank line between. Nothing is u
   as far back as there is a checkpoint, the rest is read anew, and the file has the new text then.
   A prompt that shares less than a tenth of the file's tokens is refused before any work and the
   file stays as it is, unless --prompt-cache-overwrite. To ask many questions about one text: make
-  the file with -m 0, then use it with --prompt-cache-ro. End the name in .safetensors and mlx_lm
+  the file with `hydra-mlx cache read`, then use it with --prompt-cache-ro. End the name in .safetensors and mlx_lm
   can read it too.
 
 Ctrl-C ends the reply, still writes the prompt cache and the statistics, and exits with 130.
