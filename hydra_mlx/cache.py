@@ -112,6 +112,13 @@ def bytes_per_number(bits: int | None, group_size: int = 64, itemsize: int = 2) 
     return itemsize if bits is None else bits / 8 + 2 * itemsize / group_size
 
 
+def mean_itemsize(cache: list, itemsize: int = 2) -> float:
+    """Bytes of a number in a cache's keys and values, for kv_bytes_per_token."""
+    few = next(filter(None, map(kv_format, cache)), None)
+    k_bits, v_bits, group = few or (None, None, 64)
+    return sum(bytes_per_number(n, group, itemsize) for n in (k_bits, v_bits)) / 2
+
+
 def kv_bytes_per_token(args: HydraArgs, itemsize: float = 2.0) -> float:
     """Key and value bytes a token adds, all layers.
 

@@ -111,7 +111,10 @@ def build_parser() -> cli.Parser:
     cache.add_argument("--prompt-cache-ro", action="store_true", help="do not update it")
     cache.add_argument("--prompt-cache-overwrite", action="store_true", help="ignore what is in it")
     cache.add_argument(
-        "--kv-bits", type=int, metavar="N", help="quantise keys and values: 2, 3, 4, 5, 6 or 8 bits"
+        "--kv-bits",
+        type=parse_bits,
+        metavar="N[,N]",
+        help="quantise keys and values: 2, 3, 4, 5, 6 or 8 bits; 8,4 is 8 for keys, 4 for values",
     )
     cache.add_argument("--kv-group-size", type=int, metavar="N", help="32, 64 or 128 (default 64)")
     cache.add_argument(
@@ -141,6 +144,17 @@ _REFUSED = {
     "--trust-remote-code": "no code of a model folder is ever run; leave it out.",
     "--quantize-activations -qa": "only weights, keys and values can be quantised.",
 }
+
+
+def parse_bits(text: str) -> int | tuple:
+    """--kv-bits: "4", or "8,4" for keys and values; an argparse type."""
+    try:
+        found = tuple(int(n) for n in text.split(","))
+    except ValueError:
+        found = ()
+    if len(found) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits, or two such as 8,4")
+    return found[0] if len({*found}) == 1 else found
 
 
 def check_flags(args: argparse.Namespace):
@@ -232,6 +246,7 @@ def reply(
 ) -> int:
     """Generate, print, save the prompt cache, print the figures; returns the exit code."""
     from .generation import stream_generate
+    from .kv_cache import kv_format
 
     if sampling.vocab_size(model) is not None:
         options.check_vocab(sampling.vocab_size(model))
@@ -269,7 +284,7 @@ def reply(
         if part.finish_reason == "interrupt" and not out.broken:
             done = f"{timings.processed_tokens:,} of {count(len(request.rest), 'prompt token')}"
             note(f"Interrupted after {count(len(tokens), 'token') if tokens else done}.")
-        if args.kv_bits and not any(hasattr(c, "bits") for c in cache):
+        if args.kv_bits and not any(map(kv_format, cache)):
             cli.say("--kv-bits had no effect: --quantized-kv-start was not reached.")
         if args.prompt_cache is not None and not args.prompt_cache_ro:
             n = request.save(

@@ -1,7 +1,8 @@
 """Keys and values of one layer's FA heads for one sequence, in full precision or in few bits.
 
-An mlx-lm cache class by interface; mlx-lm finds it by name once hydra_mlx is registered. Keys and values may have different numbers of bits, and are quantised as they come: no full-precision
-copy of the cache ever exists. Buffers grow by a quarter, or once to what reserve() announces, where
+An mlx-lm cache class by interface; mlx-lm finds it by name once hydra_mlx is registered. Keys and
+values may have different numbers of bits, and are quantised as they come: no full-precision copy
+of the cache ever exists. Buffers grow by a quarter, or once to what reserve() announces, where
 mlx-lm's are copied whole every 256 tokens.
 """
 

@@ -21,6 +21,11 @@ ModelArgs = HydraArgs
 
 # Never quantised, and never cast below float32: gates of the recurrence (spec section 1).
 FLOAT32_NAMES = ("A_log", "dt_bias", "head_scale")
+# On a GPU MLX prepares a whole forward pass before the first layers are done, and holds what every
+# layer needs in between. Over many tokens that is gigabytes, so a long step waits now and then.
+LAYERS_AHEAD = 4
+LONG_STEP = 256  # tokens; shorter steps hold little and would feel the wait
+
 PROTECTED_NAMES = (*FLOAT32_NAMES, "ab_proj", "a_proj", "b_proj", "conv_weight", "conv1d")
 
 
@@ -98,7 +103,10 @@ class HydraModel(nn.Module):
             create_ssm_mask(h, arrays),
             None if self.training else backend(),
         )
-        for layer, kv, ar in zip(self.layers, layout.kv, layout.arrays):  # noqa: B905
+        wait = step.backend is not None and h.shape[1] >= LONG_STEP
+        for i, (layer, kv, ar) in enumerate(zip(self.layers, layout.kv, layout.arrays)):  # noqa: B905
+            if wait and i and i % LAYERS_AHEAD == 0:
+                mx.eval(h)
             h = layer(
                 h,
                 step,

@@ -9,8 +9,9 @@ from mlx.utils import tree_map
 from ..kv_cache import kv_format
 
 # Most scores, and most dequantised numbers, that exist at a time where MLX has no fused attention:
-# 16 MiB of float32. A few arrays of this size are all that attention adds to a step's memory.
-SCORES = 2**22
+# 2 MiB of float32. A few arrays of this size are all that attention adds to a step's memory.
+SCORES = 2**19
+LEAST_KEYS = 256  # of a block: with fewer, rescaling what was summed so far costs as much
 FUSED_DIMS = (64, 80, 128)  # head dims of MLX's fused attention on a GPU
 MASKED = -3.0e38  # a score no query sees; finite, so that no difference of two is NaN
 
@@ -103,14 +104,14 @@ def streamed_attention(
     B, Hq, T, D = q.shape
     Hk, S = (k[1] if few else k).shape[1:3]
     block = min(SCORES // (B * Hq * T), SCORES // (2 * B * Hk * D)) // 64 * 64
-    block = max(block, 64)
+    block = max(block, LEAST_KEYS)
     q = (q * scale).astype(q.dtype).reshape(B, Hk, Hq // Hk * T, D)
     at = mx.arange(S - T, S)[:, None]
 
     def part(x, bits, a, b, after):
         x = tree_map(lambda y: y[:, :, a:b], x)
-        if after is not None:  # MLX would dequantise several blocks at once
-            x = mx.depends(list(x) if few else [x], [after])
+        if after:  # MLX would begin several blocks at once, and sum up their p at the end
+            x = mx.depends(list(x) if few else [x], after)
             x = x if few else x[0]
         return mx.dequantize(*x, few[2], bits).astype(q.dtype) if few else x
 
@@ -118,7 +119,7 @@ def streamed_attention(
     m = total = o = None
     for a in range(0, S, block):
         b = min(a + block, S)
-        s = q @ part(k, k_bits, a, b, o).swapaxes(-1, -2)
+        s = q @ part(k, k_bits, a, b, [o, total] if a else []).swapaxes(-1, -2)
         s = s.astype(mx.float32).reshape(B, Hk, -1, T, b - a)
         if isinstance(mask, mx.array):
             seen = mask[..., a:b]
@@ -130,7 +131,7 @@ def streamed_attention(
         top = s.max(axis=-1, keepdims=True)
         top = top if m is None else mx.maximum(m, top)
         p = mx.exp(s - top)
-        y = (p.astype(q.dtype) @ part(v, v_bits, a, b, s)).astype(mx.float32)
+        y = (p.astype(q.dtype) @ part(v, v_bits, a, b, [s])).astype(mx.float32)
         p = p.sum(axis=-1, keepdims=True)
         if o is not None:
             shrink = mx.exp(m - top)
