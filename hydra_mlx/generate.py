@@ -244,12 +244,13 @@ def work(args: argparse.Namespace) -> int:
     return reply(args, options, tokenizer, model, request, load_s, note)
 
 
-def plan_memory(args: argparse.Namespace, model: Any, request: Any, note: Callable):
+def plan_memory(args: argparse.Namespace, model: Any, request: Any, cache: list, note: Callable):
     """Say what a long prompt takes in memory.
 
     Raises:
         UsageError: Prompt and reply do not fit.
     """
+    from .cache import cache_bytes
     from .generation import REPLY_ROOM, is_hydra
     from .machine import machine
     from .memory_plan import check, plan_of
@@ -261,7 +262,8 @@ def plan_memory(args: argparse.Namespace, model: Any, request: Any, note: Callab
     if request.kv_bits is not None and not args.quantized_kv_start:
         bits = request.kv_bits
         few = (*(bits if isinstance(bits, tuple) else (bits, bits)), request.kv_group_size)
-    check(plan_of(model, tokens, args.prefill_step_size, few), machine(), len(request.rest), note)
+    plan = plan_of(model, tokens, args.prefill_step_size, few)
+    check(plan, machine(), len(request.rest), note, sum(cache_bytes(cache)))
 
 
 def reply(
@@ -281,7 +283,7 @@ def reply(
         options.check_vocab(sampling.vocab_size(model))
     cache = request.make_cache(model)
     if not args.no_memory_plan:
-        plan_memory(args, model, request, note)
+        plan_memory(args, model, request, cache, note)
     sampler, processors = options.make(tokenizer)
     seed = options.apply_seed()
     out, tokens = cli.Reply(), []

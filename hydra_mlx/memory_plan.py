@@ -139,25 +139,27 @@ def plan_of(
     )
 
 
-def check(plan: MemoryPlan, there: Machine | None, to_read: int, note: Callable):
+def check(plan: MemoryPlan, there: Machine | None, to_read: int, note: Callable, held: int = 0):
     """Say what a long prompt will take, and refuse one that cannot fit.
 
     Args:
         there: What the machine has, the weights loaded. to_read: Tokens of the prompt not yet
-            cached. note: Prints a line.
+            cached. note: Prints a line. held: Bytes of the cache that are there already.
 
     Raises:
         UsageError: It does not fit; the message has the numbers, the hint what would fit.
     """
-    if there is None or plan.total - plan.weights <= there.free:
+    held = min(held, plan.kv + plan.state)
+    needed = plan.total - plan.weights - held
+    if there is None or needed <= there.free:
         if to_read >= LONG:
             left = "" if there is None else f"; {size(there.free)} {there.what}, weights loaded"
             note(f"memory: {plan.text()}{left}.")
         return
     raise UsageError(
-        f"This needs {plan.text()}. Besides the weights that is "
-        f"{size(plan.total - plan.weights)}, but only {size(there.free)} are {there.what}.",
-        "What fits: " + "; ".join(alternatives(plan, there.free)) + ".",
+        f"This needs {plan.text()}. Besides what is loaded that is {size(needed)}, but "
+        f"{size(there.free)} {there.what}.",
+        "What fits: " + "; ".join(alternatives(plan, there.free + held)) + ".",
     )
 
 

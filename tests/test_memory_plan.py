@@ -86,8 +86,8 @@ def test_messages():
     args = geometry("full")
     plan = MemoryPlan(args, 131072, 2048, weight_bytes(args), kernels=True, checkpoints=GIB)
     said = []
-    check(plan, Machine(64 * GIB, "free on this machine"), 131072, said.append)
-    assert said[0].startswith("memory: ") and "64.0 GiB free on this machine" in said[0]
+    check(plan, Machine(64 * GIB, "is free on this machine"), 131072, said.append)
+    assert said[0].startswith("memory: ") and "64.0 GiB is free on this machine" in said[0]
     assert "131,072 tokens" in said[0] and "checkpoints 1.0 GiB" in said[0]
     said.clear()
     check(plan, Machine(64 * GIB, ""), 8191, said.append)
@@ -96,10 +96,12 @@ def test_messages():
     check(plan, None, 8192, said.append)
     assert len(said) == 1
     with pytest.raises(UsageError) as e:
-        check(plan, Machine(8 * GIB, "left on the GPU"), 10, said.append)
-    assert "8.0 GiB are left on the GPU" in e.value.message and "131,072 tokens" in e.value.message
+        check(plan, Machine(8 * GIB, "is left on the GPU"), 10, said.append)
+    assert "8.0 GiB is left on the GPU" in e.value.message and "131,072 tokens" in e.value.message
     for words in ("as it is ", "--kv-bits 4 ", "--prefill-step-size 512 ", "model at 7:1"):
         assert words in e.value.hint, e.value.hint
+    half = plan.kv // 2
+    check(plan, Machine(plan.total - plan.weights - half, ""), 10, said.append, half)
     few = replace(plan, k_bits=4, v_bits=4, step=512, args=geometry("7:1"))
     assert len(alternatives(few, 8 * GIB)) == 1  # nothing smaller to offer
     assert few.fits(0) == 0
@@ -115,13 +117,13 @@ def test_ratios_of_any_geometry():
 
 
 def test_checks_of_the_program(program, monkeypatch, tmp_path):
-    poor = Machine(1000, "free on this machine")
+    poor = Machine(1000, "is free on this machine")
     monkeypatch.setattr(machines, "machine", lambda: poor)
     code, out, err = program("generate", "Hello", "-m", "4")
     assert code == 2 and not out
-    assert "only 1000 B are free on this machine" in err and "What fits: as it is 0 tokens" in err
+    assert "but 1000 B is free on this machine" in err and "What fits: as it is 0 tokens" in err
     assert program("generate", "Hello", "-m", "4", "--no-memory-plan")[0] == 0
-    monkeypatch.setattr(machines, "machine", lambda: Machine(GIB, "free on this machine"))
+    monkeypatch.setattr(machines, "machine", lambda: Machine(GIB, "is free on this machine"))
     monkeypatch.setattr(memory_plan, "LONG", 5)
     code, _, err = program(
         "generate", "Hello", "-m", "4", "--kv-bits", "8,4", "--kv-group-size", "32"
@@ -177,7 +179,7 @@ MEMINFO = "MemTotal:       32000000 kB\nMemAvailable:    8000000 kB\n"
 @pytest.mark.skipif(mx.default_device().type == mx.gpu, reason="the machine's own memory")
 def test_machine(tmp_path):
     root = system(tmp_path / "plain", {"proc/meminfo": MEMINFO})
-    assert machine(root) == Machine(8000000 * 1024, "free on this machine")
+    assert machine(root) == Machine(8000000 * 1024, "is free on this machine")
     version2 = {
         "proc/meminfo": MEMINFO,
         "proc/self/cgroup": "0::/user/job\n",
@@ -187,7 +189,7 @@ def test_machine(tmp_path):
         "sys/fs/cgroup/user/job/memory.current": "5\n",
     }
     found = machine(system(tmp_path / "two", version2))
-    assert found == Machine(2000000000, "left of this container's limit")
+    assert found == Machine(2000000000, "is left of this container's limit")
     version1 = {
         "proc/meminfo": MEMINFO,
         "proc/self/cgroup": "5:cpu:/x\n4:memory:/docker/abc\n",
