@@ -23,7 +23,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import hydra_mlx  # noqa: F401  (before mlx)
-from hydra_mlx import memory_plan
 from hydra_mlx.cache import cache_bytes, quantise_cache
 from hydra_mlx.config import HydraArgs
 from hydra_mlx.kernels import dispatch
@@ -294,7 +293,7 @@ def configure(args):
 
     mx.set_cache_limit(int(args.cache_limit * 2**30))
     if args.layers_ahead is not None:
-        model.LAYERS_AHEAD = memory_plan.LAYERS_AHEAD = args.layers_ahead or 10**9
+        model.LAYERS_AHEAD = args.layers_ahead or 10**9
     if args.tiny:
         attention.SCORES = 2**16
 

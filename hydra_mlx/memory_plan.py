@@ -1,7 +1,7 @@
 """What a prompt will take in memory, said before it is read: weights, cache, one prefill step.
 
-Keys, values, states and weights are exact. The working set of a step is an estimate, measured on a
-CPU and, on a GPU, at one geometry: see docs/cache.md.
+Keys, values, states and weights are exact. The working set of a step is an estimate, compared with
+measured ones on a CPU and predicted for a GPU: see docs/cache.md.
 """
 
 from collections.abc import Callable
@@ -124,18 +124,24 @@ def plan_of(
     """The plan of a loaded HydraHead model.
 
     Args:
-        few: kv_format of its cache, None for full precision. more: checkpoints.
+        few: kv_format of its cache, None for full precision. checkpoints: Bytes of their budget.
     """
     from mlx.utils import tree_flatten
 
     from .kernels.dispatch import backend
 
-    weights = sum(x.nbytes for _, x in tree_flatten(model.parameters()))
     k_bits, v_bits, group = few or (None, None, 64)
-    itemsize = model.model.norm.weight.dtype.size
-    on = backend() is not None
     return MemoryPlan(
-        model.args, tokens, step, weights, k_bits, v_bits, group, itemsize, kernels=on, **more
+        args=model.args,
+        tokens=tokens,
+        step=step,
+        weights=sum(x.nbytes for _, x in tree_flatten(model.parameters())),
+        k_bits=k_bits,
+        v_bits=v_bits,
+        group_size=group,
+        itemsize=model.model.norm.weight.dtype.size,
+        checkpoints=checkpoints,
+        kernels=backend() is not None,
     )
 
 
