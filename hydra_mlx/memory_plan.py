@@ -119,7 +119,7 @@ def working_bytes(args: HydraArgs, T: int, itemsize: int, kernels: bool) -> int:
 
 
 def plan_of(
-    model: Any, tokens: int, step: int, few: tuple | None = None, **more: Any
+    model: Any, tokens: int, step: int, few: tuple | None = None, checkpoints: int = 0
 ) -> MemoryPlan:
     """The plan of a loaded HydraHead model.
 
