@@ -15,13 +15,10 @@ from .cache import cache_layout, make_cache, tick
 from .config import HydraArgs
 from .kernels.dispatch import backend
 from .mixer import FusedMixer, SpecMixer
+from .protected import FLOAT32_NAMES, is_protected
 from .step import Step
 
 ModelArgs = HydraArgs
-
-# Never quantised, and never cast below float32: gates of the recurrence (spec section 1).
-FLOAT32_NAMES = ("A_log", "dt_bias", "head_scale")
-PROTECTED_NAMES = (*FLOAT32_NAMES, "ab_proj", "a_proj", "b_proj", "conv_weight", "conv1d")
 
 
 class SpecMLP(nn.Module):
@@ -170,8 +167,3 @@ class Model(nn.Module):
     def cast_predicate(self):
         """What may be cast to a smaller float type: parameter path -> bool."""
         return lambda path: path.rsplit(".", 1)[-1] not in FLOAT32_NAMES
-
-
-def is_protected(path: str) -> bool:
-    """Whether a module or tensor must stay unquantised whatever recipe is asked for."""
-    return any(part in PROTECTED_NAMES or "conv1d" in part for part in path.split("."))

@@ -5,7 +5,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
-from mlx_lm.models.base import scaled_dot_product_attention
 
 
 def log_length_scale(offset: Any, T: int, a: float) -> mx.array:
@@ -102,6 +101,9 @@ def ragged_attention(
             for i, n, j, m in runs
         ]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+    # Here, so that what only asks a kernel whether it fits need not load mlx_lm (most of a second).
+    from mlx_lm.models.base import scaled_dot_product_attention
+
     parts = [
         scaled_dot_product_attention(
             heads(q, q_start, n_q),
