@@ -17,6 +17,7 @@ COMMANDS = {  # name: (module, what it does)
     "transfer": ("transfer", "Train a migrated model to do what its base does."),
     "needle": ("needle", "Find facts hidden in long texts: accuracy by length and depth."),
     "info": ("info", "What a model is and needs: sizes, head map, tokens that fit."),
+    "doctor": ("doctor", "Check this installation, its kernels, and a model."),
     "cost": ("cost", "Predicted speed on Apple chips, by context length."),
 }
 

@@ -151,6 +151,16 @@ class Trust:
         )
         return reason
 
+    @contextmanager
+    def anew(self) -> Iterator[None]:
+        """Inside the block nothing was checked before; what it finds is forgotten after it."""
+        kept = self.passed, self.failed
+        self.passed, self.failed = {}, {}
+        try:
+            yield
+        finally:
+            self.passed, self.failed = kept
+
 
 TRUST = Trust()
 
