@@ -18,6 +18,7 @@ COMMANDS = {  # name: (module, what it does)
     "needle": ("needle", "Find facts hidden in long texts: accuracy by length and depth."),
     "info": ("info", "What a model is and needs: sizes, head map, tokens that fit."),
     "doctor": ("doctor", "Check this installation, its kernels, and a model."),
+    "bench": ("bench", "Speed and memory by context length, models side by side."),
     "cost": ("cost", "Predicted speed on Apple chips, by context length."),
 }
 
