@@ -3,7 +3,6 @@
 Each function gives lines; none raises for what it finds.
 """
 
-import getpass
 import importlib.metadata
 import importlib.util
 import json
@@ -13,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,6 @@ from .errors import HydraError, UsageError
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 GB = 1 << 30
-# Variables whose values say nothing about a person; of others only that they are set.
-SHOWN = ("HYDRA_KERNELS", "HYDRA_BLAS", "HF_HUB_OFFLINE", "MLX_ENABLE_TF32", "OMP_NUM_THREADS")
-NAMED = ("HYDRA_MLX_CACHE", "HF_HOME", "HF_ENDPOINT", "XDG_CACHE_HOME")
 
 
 @dataclass(frozen=True)
@@ -291,29 +286,3 @@ def tokenizer(path: Path) -> list:
         return [Line(WARN, "tokenizer", f"{words!r} came back as {back[:40]!r}")]
     has = "has a chat template" if getattr(made, "has_chat_template", False) else "no chat template"
     return [Line(OK, "tokenizer", has)]
-
-
-def environment() -> list:
-    """Variables that matter, as lines of a report."""
-    lines = [f"{n}={os.environ[n]}" for n in SHOWN if n in os.environ]
-    return lines + [f"{n} is set" for n in NAMED if n in os.environ]
-
-
-def without_names(said: str, secrets: Sequence = ()) -> str:
-    """Text without the names of people and their folders.
-
-    Args:
-        secrets: Paths to take out whole: all but their last part goes.
-    """
-    home = str(Path.home())
-    for path in secrets:
-        above = os.path.dirname(path)
-        if above not in ("", "/", ".", home):
-            said = said.replace(above + "/", ".../")
-    if len(home) > 1:
-        said = re.sub(re.escape(home) + r"(?=\W|$)", "~", said)
-    said = re.sub(r"/(home|Users|var/folders)/[^/\s'\",]+", "~", said)
-    user = getpass.getuser()
-    said = re.sub(rf"(?<=/){re.escape(user)}(?=\W|$)", "USER", said)
-    host = platform.node()
-    return said.replace(host, "HOST") if len(host) > 2 else said

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cli, diagnosis
+from . import cli, diagnosis, redact
 from .diagnosis import FAIL, OK, WARN, Line
 from .errors import UsageError
 from .text import count, first_line, printable
@@ -137,7 +137,7 @@ def report(exam: Examination, model: str | None) -> str:
     from .fetch import user_cache_dir
 
     lines = ["# hydra_mlx doctor", "", *(shown(x) for x in exam.lines)]
-    lines += ["", "## Settings", "", *(diagnosis.environment() or ["none"])]
+    lines += ["", "## Settings", "", *(redact.environment() or ["none"])]
     try:
         import mlx.core as mx
 
@@ -147,7 +147,7 @@ def report(exam: Examination, model: str | None) -> str:
     secrets = [str(user_cache_dir())]
     if model is not None:
         secrets += [str(Path(model).expanduser().absolute()), model]
-    return diagnosis.without_names("\n".join(lines) + "\n", secrets)
+    return redact.without_names("\n".join(lines) + "\n", secrets)
 
 
 def work(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ import os
 import signal
 
 import hydra_mlx
-from hydra_mlx import bench, cli, measure, predict
+from hydra_mlx import bench, bench_report, cli, measure, predict
 from hydra_mlx.__main__ import main
 from hydra_mlx.cache import cache_bytes, kv_bytes_per_token, state_bytes
 from hydra_mlx.measure import Cell, Sample, Settings, Subject
@@ -138,9 +138,9 @@ def test_out_of_memory_leaves_the_others(monkeypatch, capsys):
     order = fake(monkeypatch, lambda label, n, i: full if (label, n) == ("b", 2) else None)
     cells = compare()
     assert order.count(("b", 2)) == 1 and len(cells["a", 2].samples) == 2
-    found = bench.rows(cells, 1.0, None)
+    found = bench_report.rows(cells, 1.0, None)
     assert [r.get("error") for r in found] == [None, None, None, "out of memory"]
-    assert "out of memory" in bench.table(found)[4]
+    assert "out of memory" in bench_report.table(found)[4]
     fake(monkeypatch, lambda label, n, i: RuntimeError("something else"))
     with pytest.raises(RuntimeError, match="something else"):
         compare()
@@ -150,8 +150,8 @@ def test_what_was_measured_before_an_interrupt_is_kept(monkeypatch):
     order = fake(monkeypatch)
     cells = compare(stop=lambda: len(order) >= 3)
     assert [len(c.samples) for c in cells.values()] == [1, 1, 1, 0]
-    found = bench.rows(cells, 1.0, None)
-    assert len(found) == 3 and len(bench.table(found)) == 4
+    found = bench_report.rows(cells, 1.0, None)
+    assert len(found) == 3 and len(bench_report.table(found)) == 4
 
 
 def test_interrupt_of_the_program(tiny_model_dir, monkeypatch, capsys):
@@ -183,9 +183,9 @@ def test_chips_that_the_model_knows(monkeypatch, tiny):
 def test_rows_and_prediction():
     floor = predict.Floor(weights=10**9, kv=0, state=0, flops=0)
     cells = {("m", 7): Cell([Sample(9, 4, 5), Sample(7, 6, 8)], floor)}
-    (row,) = bench.rows(cells, 10.0, None)
+    (row,) = bench_report.rows(cells, 10.0, None)
     assert row["decode_tps"] == {"median": 5, "min": 4, "max": 6} and row["peak_bytes"] == 8
-    assert row["predicted_most_tps"] == 10 and "50 % of 10.0" in bench.table([row])[1]
+    assert row["predicted_most_tps"] == 10 and "50 % of 10.0" in bench_report.table([row])[1]
 
 
 @pytest.mark.parametrize("ratio", ["3:1", "full"])
@@ -193,7 +193,9 @@ def test_random_geometry(ratio, monkeypatch, capsys):
     small = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
     monkeypatch.setitem(predict.BASE_17B, "num_hidden_layers", 2)
     monkeypatch.setitem(bench.SIZES, "0.6b", {**small, "vocab_size": 64})
-    code, lines, said = run(capsys, "--geometry", "0.6b", "--ratio", ratio, *SMALL)
+    code, lines, said = run(
+        capsys, "--geometry", "0.6b", "--ratio", ratio, "--lengths", "5", *SMALL[2:]
+    )
     assert code == 0 and said["rows"][0]["model"] == f"0.6b {ratio}"
     assert said["models"][0]["weights"] == "random, 4 bits"
 

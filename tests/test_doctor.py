@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import hydra_mlx  # noqa: F401  (before mlx: it chooses the BLAS library)
-from hydra_mlx import diagnosis, doctor, kernel_checks
+from hydra_mlx import diagnosis, doctor, kernel_checks, redact
 from hydra_mlx.__main__ import main
 from hydra_mlx.diagnosis import FAIL, OK, WARN
 from hydra_mlx.kernels import dispatch
@@ -225,7 +225,7 @@ def test_report_overwrites_nothing(tmp_path, capsys):
 def test_names_in_text(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     monkeypatch.setattr("getpass.getuser", lambda: "ann")
-    said = diagnosis.without_names(
+    said = redact.without_names(
         "/home/ann/x /Users/bob/y '/home/ann' channel /mnt/ann/z /home/annex"
     )
     assert said == "~/x ~/y '~' channel /mnt/USER/z ~"
