@@ -20,6 +20,7 @@ COMMANDS = {  # name: (module, what it does)
     "doctor": ("doctor", "Check this installation, its kernels, and a model."),
     "bench": ("bench", "Speed and memory by context length, models side by side."),
     "cost": ("cost", "Predicted speed on Apple chips, by context length."),
+    "completion": ("completion", "A script that makes your shell complete these commands."),
 }
 
 
