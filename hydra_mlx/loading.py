@@ -88,7 +88,7 @@ def load_model(
     return model
 
 
-def load(path: str | os.PathLike, dtype: str = "auto", lazy: bool = False) -> tuple:
+def load(path: str | os.PathLike, dtype: str = "auto", lazy: bool = False) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer; arguments as in load_model.
 
     Returns:

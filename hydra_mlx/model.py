@@ -4,6 +4,7 @@
 stock programs find this module.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -114,7 +115,7 @@ class Model(nn.Module):
     cache = model.make_cache()                   # flat list, see cache.py
     """
 
-    def __init__(self, args: HydraArgs):
+    def __init__(self, args: HydraArgs) -> None:
         super().__init__()
         self.args = args
         self.model_type = args.model_type
@@ -159,11 +160,11 @@ class Model(nn.Module):
         return {k: v for k, v in weights.items() if k not in drop}
 
     @property
-    def quant_predicate(self):
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
         """What may be quantised: path, module -> bool or parameters (mlx-lm's protocol)."""
         return lambda path, module: not is_protected(path)
 
     @property
-    def cast_predicate(self):
+    def cast_predicate(self) -> Callable[[str], bool]:
         """What may be cast to a smaller float type: parameter path -> bool."""
         return lambda path: path.rsplit(".", 1)[-1] not in FLOAT32_NAMES
