@@ -195,7 +195,7 @@ def work(args: argparse.Namespace) -> int:
         speed, tflops, source = bandwidth(subjects[0].model)
         cells = compare(
             subjects, lengths, args.runs, vocab, settings, stop,
-            lambda done, total: bar("bench", done, total), cli.is_out_of_memory,
+            bar, cli.is_out_of_memory,
         )  # fmt: skip
     found = rows(cells, speed, tflops)
     where = ", ".join(x for x in (device, blas) if x)

@@ -35,7 +35,7 @@ def rows(cells: dict, speed: float, tflops: float | None) -> list:
 def _figure(s: dict) -> str:
     digits = 1 if s["median"] < 1000 else 0
     low, mid, high = (f"{s[k]:,.{digits}f}" for k in ("min", "median", "max"))
-    return f"{mid} ({low} to {high})"
+    return mid if low == high else f"{mid} ({low} to {high})"
 
 
 def table(found: list) -> list:

@@ -221,13 +221,14 @@ def compare(
     vocab: int,
     settings: Settings,
     stop: Callable[[], bool],
-    told: Callable[[int, int], None],
+    told: Callable[[str, int, int], None],
     out_of_memory: Callable[[Exception], bool],
 ) -> dict:
     """Measure all models at all lengths in turns.
 
     Args:
-        stop: Asked between steps and tokens. told: Called with (measurements done, all).
+        stop: Asked between steps and tokens. told: Called with what is measured
+            next, how many measurements are done, and all.
         out_of_memory: Whether an exception means that; longer prompts are left out then.
 
     Returns:
@@ -237,6 +238,7 @@ def compare(
     done, total = 0, runs * len(cells)
     try:
         for s in subjects:
+            told(f"{s.label}: first use", 0, total)
             warm_up(s, max(lengths), vocab, settings, stop)
         for run in range(runs):
             for n in lengths:
@@ -245,6 +247,7 @@ def compare(
                     cell = cells[s.label, n]
                     if stop():
                         raise Stopped
+                    told(f"{s.label}: {n:,} tokens", done, total)
                     if not cell.error:
                         try:
                             sample, cell.floor = measure(s, n, vocab, settings, stop)
@@ -255,7 +258,6 @@ def compare(
                             for longer in (x for x in lengths if x >= n):
                                 cells[s.label, longer].error = "out of memory"
                     done += 1
-                    told(done, total)
     except Stopped:
         pass
     return cells

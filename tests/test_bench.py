@@ -119,7 +119,7 @@ def fake(monkeypatch, trouble=None):
 
 def compare(stop=lambda: False) -> dict:
     subjects = [Subject(x, None, 1, "") for x in "ab"]
-    told = lambda done, total: None  # noqa: E731
+    told = lambda label, done, total: None  # noqa: E731
     settings = Settings(1, 1, None, 64, 0)
     return measure.compare(subjects, (1, 2), 2, 9, settings, stop, told, cli.is_out_of_memory)
 
