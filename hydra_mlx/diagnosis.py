@@ -86,9 +86,10 @@ def versions() -> list:
         if not satisfies(version, wanted):
             bad.append(f"{name} {version} is not {wanted}")
     again = "Install again: pip install --upgrade hydra_mlx (or `pip install .` in the clone)."
-    lines.append(
-        Line(FAIL if bad else OK, "packages", ", ".join(bad or found), bad and again or "")
-    )
+    if bad:
+        lines.append(Line(FAIL, "packages", ", ".join(bad), again))
+    else:
+        lines.append(Line(OK, "packages", ", ".join(found)))
     return lines
 
 
@@ -166,8 +167,10 @@ def wired(total: int, limit: str | None) -> Line:
         return Line(WARN, "wired limit", "sysctl iogpu.wired_limit_mb gives no number")
     share = "about 2/3" if total <= 36 * GB else "about 3/4"
     if limit == "0":
-        more = int(total / (1 << 20) * 0.85)
-        todo = f"For long contexts, until the next start: sudo sysctl iogpu.wired_limit_mb={more}"
+        more = min(0.85 * total, total - 4 * GB)  # macOS itself wants some
+        now = total * (2 / 3 if total <= 36 * GB else 3 / 4)
+        raised = f"sudo sysctl iogpu.wired_limit_mb={int(more) >> 20}"
+        todo = f"For long contexts, until the next start: {raised}" if more > now else ""
         return Line(OK, "wired limit", f"macOS's default, {share} of the memory", todo)
     if int(limit) << 20 > 0.95 * total:
         todo = "Leave macOS some memory: sudo sysctl iogpu.wired_limit_mb=0 is the default."

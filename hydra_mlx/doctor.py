@@ -132,8 +132,8 @@ def kernels(exam: Examination, facts: Any, verbose: bool):
         exam.add(Line(OK, "kernels", "none in use here: operations"))
 
 
-def report(exam: Examination, model: str | None) -> str:
-    """The text of --report."""
+def report(exam: Examination, paths: Sequence) -> str:
+    """The text of --report; of the paths only the last parts stay in it."""
     from .fetch import user_cache_dir
 
     lines = ["# hydra_mlx doctor", "", *(shown(x) for x in exam.lines)]
@@ -144,10 +144,7 @@ def report(exam: Examination, model: str | None) -> str:
         lines += ["", "## Device", "", *(f"{k}: {v}" for k, v in sorted(mx.device_info().items()))]
     except Exception as e:  # said above already
         lines += ["", f"no device: {first_line(e)}"]
-    secrets = [str(user_cache_dir())]
-    if model is not None:
-        secrets += [str(Path(model).expanduser().absolute()), model]
-    return redact.without_names("\n".join(lines) + "\n", secrets)
+    return redact.without_names("\n".join(lines) + "\n", [str(user_cache_dir()), *paths])
 
 
 def work(args: argparse.Namespace) -> int:
@@ -192,7 +189,8 @@ def work(args: argparse.Namespace) -> int:
     if args.report is not None:
         from .files import write_whole
 
-        said = report(exam, args.model)
+        named = [] if path is None else [str(path.absolute()), str(path), args.model]
+        said = report(exam, named)
         write_whole(args.report.expanduser(), lambda beside: beside.write_text(said, "utf-8"))
         cli.say(f"Wrote {args.report}; read it before you send it.")
     return FAILED if failed else 0

@@ -24,9 +24,10 @@ from .sources import BASE_TYPES, key_report, migrated_args, open_source
 # Types of mlx-lm whose every layer caches keys and values of all tokens; what BASE_TYPES are, too.
 PLAIN_TYPES = (*BASE_TYPES, "qwen2", "qwen3_moe", "olmo2", "smollm3")
 # Llama-like configs with these are not what migrated_args can describe.
-ODD_KEYS = ("mlp_bias", "rope_traditional", "sliding_window")
+ODD_KEYS = ("mlp_bias", "rope_traditional")
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 4}
 GB = 1 << 30  # machines are sold in these
+WORK_BYTES = 1 << 30  # set aside for the work of a step
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Facts:
         item = ITEM_BYTES[self.dtype]
         if bits is not None:
             group = next((g for g in (64, 32) if self.head_dim % g == 0), None)
-            if group is None:
+            if group is None or not any(self.kv_heads):
                 return None
             item = bits / 8 + 2 * item / group
         if self.args is not None:
@@ -93,7 +94,7 @@ class Facts:
         if a_token is None:
             return None
         room = gigabytes * GB * (2 / 3 if gigabytes <= 32 else 3 / 4)
-        room -= self.nbytes + self.state_bytes + GB
+        room -= self.nbytes + self.state_bytes + WORK_BYTES
         return max(int(room / a_token), 0)
 
 
@@ -142,7 +143,8 @@ def read(path: Path) -> Facts:
         check_sizes(args, infos)
         facts = _checked(path, config, infos, args, args.weights_form, model_shapes(args))
         return replace(facts, notes=tuple(str(w.message) for w in said))
-    if kind in BASE_TYPES and not any(config.get(k) for k in ODD_KEYS):
+    odd = _windowed(config) or any(config.get(k) for k in ODD_KEYS)
+    if kind in BASE_TYPES and not odd:
         config.setdefault("tie_word_embeddings", "lm_head.weight" not in infos)
         args = migrated_args(config, "identity")
         check_sizes(args, infos)
@@ -188,7 +190,7 @@ def _other(path: Path, config: dict, infos: dict) -> Facts:
     floats = Counter(i.dtype for i in infos.values() if i.dtype in ITEM_BYTES)
     norm = floats.most_common(1)[0][0] if floats else "BF16"
     kv_heads, D = None, None
-    if kind in PLAIN_TYPES and not config.get("use_sliding_window", bool(config.get(ODD_KEYS[2]))):
+    if kind in PLAIN_TYPES and not _windowed(config):
         H, E = _count(config, "num_attention_heads"), _count(config, "hidden_size")
         D = config.get("head_dim") or E // H
         heads = config.get("num_key_value_heads") or H
@@ -253,6 +255,11 @@ def _read_gguf(path: Path) -> Facts:
     return replace(
         facts, nbytes=os.path.getsize(path), dtypes={"GGUF": facts.nbytes}, notes=(note,)
     )
+
+
+def _windowed(config: dict) -> bool:
+    """Whether some layers forget tokens; then they cache less than the others."""
+    return bool(config.get("sliding_window") and config.get("use_sliding_window", True))
 
 
 def _count(config: dict, name: str) -> int:

@@ -202,7 +202,7 @@ def lines_of(facts: Any, colour: bool, width: int) -> list:
         f"({facts.bits_per_weight:.2f} bits each): {kept}",
     ]
     for what, n in facts.bits.items():
-        lines.append(f"           {text.count(n, 'matrix').replace('matrixs', 'matrices')} {what}")
+        lines.append(f"           {n:,} {'matrix' if n == 1 else 'matrices'} of {what}")
     if facts.positions is not None:
         lines.append(f"positions  {facts.positions:,} in the config (max_position_embeddings)")
     if facts.args is not None:

@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from . import first_use, reference
 from .config import HydraArgs
-from .first_use import LIMITS, Small
+from .first_use import Small
+from .kernel_paths import DTYPES, layer_paths
 from .kernels.dispatch import Backend, relative_rms
 from .kernels.hydra_decode import HydraLayer
 from .kernels.la_decode import LaLayer
@@ -26,6 +27,7 @@ from .model import Model
 E = 64  # hidden size of the layers checked: kernels see only what comes after the projection
 ARITHMETIC = "a small model against the float64 reference"
 CACHES = {"plain cache": None, "8-bit cache": 8, "4-bit cache": 4}
+NAMES = {DTYPES[n]: n for n in ("F32", "F16", "BF16")}
 REFERENCE_LIMIT = 1e-4  # a small model in float32 against float64
 GPU_LIMIT = 3e-3  # where float32 products may be TF32
 
@@ -44,15 +46,15 @@ class Check:
 
 
 def small_args(D: int, **changes: Any) -> HydraArgs:
-    """Two layers of 4 heads, both kinds in the first, LA heads only in the second."""
+    """Three layers of 4 heads: both kinds, LA heads only, FA heads only."""
     values = {
         "hidden_size": E,
         "intermediate_size": 96,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 50,
-        "full_attention_heads": [[0, 1, 3], []],
+        "full_attention_heads": [[0, 1, 3], [], [0, 1, 2, 3]],
         "head_dim": D,
         "rope_theta": 10000.0,
         "weights_form": "fused",
@@ -111,7 +113,7 @@ def checks(backend: Backend | None, own: HydraArgs | None, own_dtype: mx.Dtype) 
     if own is not None:
         groups += _model_layers(own, own_dtype)
     for D, dtype in ((128, mx.bfloat16), (64, mx.bfloat16), (128, mx.float16), (64, mx.float32)):
-        groups.append((small_args(D), (0, 1), dtype))
+        groups.append((small_args(D), (0, 1, 2), dtype))
     seen: set = set()
     for args, layers, dtype in groups:
         for layer in layers:
@@ -168,25 +170,30 @@ def _layer_checks(args: HydraArgs, layer: int, dtype: mx.Dtype, to: Backend) -> 
         kv = like(bits, len(m.heads.kv))
         return first_use.attention(q, kv, m.heads.kv_of_fa, T > 8, to)
 
-    limit = LIMITS[dtype]
-    caches = {n: b for n, b in CACHES.items() if b is None or D % 32 == 0}
-    if Hf and Hl and D in (64, 128):
-        for name, bits in caches.items():
-            yield _check(f"hydra_decode, {name}, {about}", lambda b=bits: both(1, b), limit)
-        yield _check(f"hydra_decode, 3 tokens, {about}", lambda: both(3, None), limit)
-    if Hl:
-        if D in (64, 128):
-            yield _check(f"la_decode, {about}", lambda: la(1), limit)
-        yield _check(f"la_prefill, few tokens, {about}", lambda: delta(9), limit)
-        yield _check(f"la_prefill, many tokens, {about}", lambda: delta(2048), limit)
-    if Hf and D in (64, 128):
-        for name, bits in caches.items():
-            yield _check(f"fa_decode, {name}, {about}", lambda b=bits: attention(1, b), limit)
-            if bits is not None:
-                yield _check(f"fa_prefill, {name}, {about}", lambda b=bits: attention(70, b), limit)
+    for name, bits in CACHES.items():
+        if bits is not None and D % 32:
+            continue
+        group = None if bits is None else 32
+        for path in layer_paths(args, layer, to.route, NAMES[dtype], bits, group):
+            kernel = path.runs.split(" ")[0]
+            asked = {
+                "hydra_decode": [
+                    (name, lambda b=bits: both(1, b)),
+                    ("3 tokens", lambda: both(3, None)),
+                ],
+                "la_decode": [("1 token", lambda: la(1)), ("3 tokens", lambda: la(3))],
+                "la_prefill": [
+                    ("9 tokens", lambda: delta(9)),
+                    ("many tokens", lambda: delta(2048)),
+                ],
+                "fa_decode": [(name, lambda b=bits: attention(1, b))],
+                "fa_prefill": [(name, lambda b=bits: attention(70, b))],
+            }.get(kernel, [])
+            for what, ask in asked:
+                yield _check(f"{kernel}, {what}, {about}", ask)
 
 
-def _check(name: str, ask: Callable[[], str], limit: float) -> Check:
+def _check(name: str, ask: Callable[[], str]) -> Check:
     def run() -> tuple:
         trust = first_use.TRUST
         with trust.anew(), contextlib.redirect_stderr(io.StringIO()):  # the verdict is the caller's

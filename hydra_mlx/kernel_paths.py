@@ -69,11 +69,9 @@ def _layers(args: HydraArgs, layer: int) -> tuple:
     """HydraLayer and LaLayer in the shapes of a layer."""
     heads, D = layer_heads(args, layer), args.head_dim
     Hl, small = len(heads.la), mx.zeros(D)
-    why_not = ""
-    if (args.rope_scaling or {}).get(
-        "type", (args.rope_scaling or {}).get("rope_type")
-    ) == "dynamic":
-        why_not = "DynamicNTKScalingRoPE has no fixed frequencies"
+    rope = args.rope_scaling or {}
+    dynamic = "dynamic" in (rope.get("type"), rope.get("rope_type"))
+    why_not = "DynamicNTKScalingRoPE has no fixed frequencies" if dynamic else ""
     rows = fused_rows(args, layer)
     taps = args.la_conv_kernel
     la = LaLayer(

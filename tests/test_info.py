@@ -17,6 +17,7 @@ from hydra_mlx.kernel_paths import layer_paths
 from hydra_mlx.kernels import dispatch
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
@@ -91,6 +92,34 @@ def test_plain_models(kind, shards, tmp_path, capsys):
     assert said["kv_bytes_per_token"]["none"] == 2 * 2 * 2 * 32 * 4  # L, k and v, Hk, D, float32
     assert said["full_attention_heads"] == [[0, 1, 2, 3]] * 2 and said["state_bytes"] == 0
     assert "mlx-lm's own layers" in shown(capsys, folder)
+
+
+def test_quantised_plain_model(tmp_path, capsys):
+    """As mlx_lm.convert writes one: names, packed matrices, quantization in the config."""
+    folder, config, weights, model = write_base(tmp_path / "m", head_dim=32)
+    nn.quantize(model, 32, 4)
+    packed = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / WEIGHTS), packed)
+    config["quantization"] = {"group_size": 32, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    for kind in ("llama", "qwen2"):
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+        said = json.loads(shown(capsys, folder, "--json"))
+        assert said["parameters"] == sum(x.size for x in weights.values())
+        assert said["weight_bytes"] == sum(x.nbytes for x in packed.values())
+        assert sum(said["quantised"].values()) == sum(n.endswith(".scales") for n in packed)
+
+
+def test_windows_are_not_plain(tmp_path, capsys):
+    folder, config, *_ = write_base(tmp_path / "m", "qwen3")
+    for changes, known in (
+        ({"sliding_window": 64}, False),
+        ({"sliding_window": 64, "use_sliding_window": False}, True),
+        ({"sliding_window": None}, True),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        said = json.loads(shown(capsys, folder, "--json"))
+        assert (said["kv_bytes_per_token"]["none"] is not None) == known, changes
 
 
 def test_other_types_of_mlx_lm(tmp_path, capsys):
