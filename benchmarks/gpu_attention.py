@@ -36,7 +36,7 @@ def cache(Hk: int, S: int, D: int, dtype: mx.Dtype, bits: int | None) -> tuple:
         return fa_decode.KeyValues(k, v, S), k, v
     kq, vq = (mx.quantize(x, group_size=64, bits=bits) for x in (k, v))
     full = [mx.dequantize(*x, group_size=64, bits=bits) for x in (kq, vq)]
-    return fa_decode.KeyValues(kq, vq, S, bits, 64), *full
+    return fa_decode.KeyValues(kq, vq, S, bits, bits, 64), *full
 
 
 def ours(way: str) -> Callable:

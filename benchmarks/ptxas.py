@@ -78,7 +78,7 @@ def cache(Hk: int, S: int, dtype: mx.Dtype, bits: int | None, D: int = 128):
     parts = tuple(
         mx.zeros((1, Hk, S, n), t) for n, t in ((D * bits // 32, mx.uint32), *[(2, dtype)] * 2)
     )
-    return fa_decode.KeyValues(parts, parts, S, bits, 64)
+    return fa_decode.KeyValues(parts, parts, S, bits, bits, 64)
 
 
 def hydra(bits: int | None) -> tuple:

@@ -43,7 +43,7 @@ def cache(Hk: int, bits: int | None) -> fa_decode.KeyValues:
         words = RNG.randint(0, 2**32, (1, Hk, 256, D * bits // 32), np.uint64).astype(np.uint32)
         return mx.array(words), random(1, Hk, 256, D // 32), random(1, Hk, 256, D // 32)
 
-    return fa_decode.KeyValues(half(), half(), KEYS, bits, None if bits is None else 32)
+    return fa_decode.KeyValues(half(), half(), KEYS, bits, bits, None if bits is None else 32)
 
 
 def main(argv=None) -> int:

@@ -1,7 +1,8 @@
 """The flat cache of a HydraHead model: what it holds, in which order, and how big it is.
 
-One flat list of mlx-lm's own cache classes, so that --kv-bits, saving, ragged batching and the
-server work unchanged: a KVCache for every layer with FA heads, then an ArraysCache(2) (conv tail,
+One flat list of mlx-lm's own cache classes, so that its --kv-bits, saving, ragged batching and
+server work unchanged; our programs put a HydraKVCache in the place of each KVCache, with own_cache.
+A KVCache for every layer with FA heads, then an ArraysCache(2) (conv tail,
 recurrent state) for every layer with LA heads. Layers without a kind have no entry for it. A model
 without any FA head gets one KVCache for a single all-zero key, because LA heads need the position
 for their rotary embedding and an ArraysCache does not count tokens.
@@ -13,6 +14,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
 
 from .config import HydraArgs
+from .kv_cache import HydraKVCache, in_words, kv_format
 from .sizes import kv_bytes_per_token as kv_bytes_per_token
 from .sizes import state_bytes as state_bytes
 
@@ -76,22 +78,56 @@ def cached_tokens(cache: list) -> int:
     return int(cache[0].offset)
 
 
-def quantise_cache(cache: list, bits: int, group_size: int) -> list:
-    """Replace every KVCache by a QuantizedKVCache from the first token on, in place."""
+def own_cache(cache: list, tokens: int = 0) -> list:
+    """Put a HydraKVCache in the place of each of mlx-lm's keys and values, in place.
+
+    Args:
+        tokens: Room to make, all in all; see HydraKVCache.reserve.
+    """
     for i, c in enumerate(cache):
-        if isinstance(c, KVCache):
-            if c.empty():
-                cache[i] = QuantizedKVCache(group_size=group_size, bits=bits)
-            else:
-                cache[i] = c.to_quantized(group_size=group_size, bits=bits)
+        if type(c) in (KVCache, QuantizedKVCache):
+            cache[i] = HydraKVCache.of(c)
+        if isinstance(cache[i], HydraKVCache):
+            cache[i].reserve(tokens)
     return cache
+
+
+def quantise_cache(cache: list, bits: int | tuple, group_size: int) -> list:
+    """Keep keys and values in few bits from now on, in place; what is quantised stays as it is.
+
+    Args:
+        bits: One number, or (of keys, of values).
+    """
+    for i, c in enumerate(own_cache(cache)):
+        if isinstance(c, HydraKVCache):
+            cache[i] = c.to_quantized(group_size, bits)
+    return cache
+
+
+def as_stock(cache: list) -> list:
+    """A list of mlx-lm's own classes that shares the arrays, where mlx-lm has one; for files."""
+    return [(isinstance(c, HydraKVCache) and c.as_stock()) or c for c in cache]
+
+
+def bytes_per_number(bits: int | None, group_size: int = 64, itemsize: int = 2) -> float:
+    """Bytes of a cached number, its share of scale and bias included; bits None: itemsize."""
+    return itemsize if bits is None else bits / 8 + 2 * itemsize / group_size
+
+
+def mean_itemsize(cache: list, itemsize: int = 2) -> float:
+    """Bytes of a number in a cache's keys and values, for kv_bytes_per_token."""
+    few = next(filter(None, map(kv_format, cache)), None)
+    k_bits, v_bits, group = few or (None, None, 64)
+    return sum(bytes_per_number(n, group, itemsize) for n in (k_bits, v_bits)) / 2
 
 
 def describe(cache: list) -> str:
     """One line: how keys and values are kept, for --stats and --kv-bits."""
     kv = [c for c in cache if hasattr(c, "offset")]
-    bits: int | None = next((c.bits for c in kv if hasattr(c, "bits")), None)
-    n = sum(hasattr(c, "bits") for c in kv)
-    if bits is None:
+    formats = [f for f in map(kv_format, kv) if f is not None]
+    if not formats:
         return f"{len(kv)} key/value caches in full precision"
-    return f"kv-bits {bits}: {n}/{len(kv)} key/value caches quantised, recurrent state float32"
+    return (
+        f"kv-bits {in_words(*formats[0][:2])}: {len(formats)}/{len(kv)} key/value caches "
+        "quantised, recurrent state float32"
+    )

@@ -8,13 +8,14 @@ some GPUs; the limits leave room for that.
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
+from mlx_lm.models.cache import ArraysCache
 
 from . import ops
 from .cache import CONV, STATE
 from .kernels import fa_decode, fa_prefill, hydra_decode, la_decode, la_prefill
 from .kernels.dispatch import TRUST, Backend, relative_rms
 from .kernels.fa_decode import KeyValues
+from .kv_cache import HydraKVCache, kv_format
 from .step import Step
 
 LIMITS = {mx.float32: 3e-3, mx.float16: 5e-3, mx.bfloat16: 2e-2}
@@ -25,27 +26,33 @@ class PlainCache:
     """Keys and values in float32; new ones go through the rounding of the cache they stand for."""
 
     def __init__(self, kv: KeyValues | None):
-        self.rounding = (None, None) if kv is None else (kv.bits, kv.group_size)
-        self.held = None if kv is None else (_plain(kv, kv.keys), _plain(kv, kv.values))
+        self.rounding = None if kv is None or not kv.quantised else (kv.widths, kv.group_size)
+        self.held = None if kv is None else _plain(kv)
         self.new = None
 
     def update_and_fetch(self, k: mx.array, v: mx.array) -> tuple:
         """All keys and values, [B, Hk, S + T, D] float32."""
         self.new = k, v
-        bits, group = self.rounding
         new = [k, v]
-        if bits is not None:
-            options = {"group_size": group, "bits": bits}
-            new = [mx.dequantize(*mx.quantize(x, **options), **options) for x in new]
+        if self.rounding is not None:
+            widths, group = self.rounding
+            new = [
+                mx.dequantize(*mx.quantize(x, group, bits), group, bits)
+                for x, bits in zip(new, widths, strict=True)
+            ]
         if self.held is not None:
             new = [mx.concatenate(x, axis=2) for x in zip(self.held, new, strict=True)]
         return tuple(new)
 
 
-def _plain(kv: KeyValues, x: Any) -> mx.array:
-    if kv.bits is not None:
-        x = mx.dequantize(*x, group_size=kv.group_size, bits=kv.bits)
-    return x[:, :, : kv.S].astype(mx.float32)
+def _plain(kv: KeyValues) -> tuple:
+    """Keys and values in float32."""
+    both = kv.pair
+    if kv.quantised:
+        both = [
+            mx.dequantize(*x, kv.group_size, bits) for x, bits in zip(both, kv.widths, strict=True)
+        ]
+    return tuple(x[:, :, : kv.S].astype(mx.float32) for x in both)
 
 
 class Small:
@@ -60,8 +67,7 @@ class Small:
 
     def cache(self, like: Any, heads: int, D: int, dtype: mx.Dtype) -> Any:
         """A cache of the same kind with CACHED tokens."""
-        bits = getattr(like, "bits", None)
-        kv = KVCache() if bits is None else QuantizedKVCache(like.group_size, bits)
+        kv = HydraKVCache(*(kv_format(like) or ()))
         kv.update_and_fetch(*(self.normal(1, heads, CACHED, D, dtype=dtype) for _ in range(2)))
         return kv
 
@@ -186,7 +192,7 @@ def attention(q: mx.array, like: Any, kv_of_fa: tuple, many: bool, to: Backend) 
             out = fa_prefill.run(*call, route=to.route, executor=to.run)
         else:
             out = fa_decode.run(*call, route=to.route, executor=to.run, cores=to.cores)
-        full = [_plain(kv, x)[:, mx.array(kv_of_fa)] for x in (kv.keys, kv.values)]
+        full = [x[:, mx.array(kv_of_fa)] for x in _plain(kv)]
         q32 = q.astype(mx.float32).swapaxes(1, 2)
         ref = mx.fast.scaled_dot_product_attention(q32, *full, scale=D**-0.5, mask="causal")
         return relative_rms([out], [ref.swapaxes(1, 2)])

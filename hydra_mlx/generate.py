@@ -30,6 +30,10 @@ piped text come first, the prompt after them, a blank line between. Nothing is u
   --prompt-cache-overwrite. To ask many questions about one text: make the file with -m 0, then
   use it with --prompt-cache-ro. End the name in .safetensors and mlx_lm can read it too.
 
+--kv-bits 4 keeps keys and values in 4 bits instead of 16, --kv-bits 8,4 keys in 8 and values in 4.
+  What it takes and what it costs in quality is in docs/cache.md. A prompt of 8,192 tokens or more
+  is preceded by a line about memory; what cannot fit is refused, with what would.
+
 Ctrl-C ends the reply, still writes the prompt cache and the statistics, and exits with 130.
 """
 
@@ -111,7 +115,10 @@ def build_parser() -> cli.Parser:
     cache.add_argument("--prompt-cache-ro", action="store_true", help="do not update it")
     cache.add_argument("--prompt-cache-overwrite", action="store_true", help="ignore what is in it")
     cache.add_argument(
-        "--kv-bits", type=int, metavar="N", help="quantise keys and values: 2, 3, 4, 5, 6 or 8 bits"
+        "--kv-bits",
+        type=parse_bits,
+        metavar="N[,N]",
+        help="quantise keys and values: 2, 3, 4, 5, 6 or 8 bits; 8,4 is 8 for keys, 4 for values",
     )
     cache.add_argument("--kv-group-size", type=int, metavar="N", help="32, 64 or 128 (default 64)")
     cache.add_argument(
@@ -119,6 +126,11 @@ def build_parser() -> cli.Parser:
         type=cli.number(int, 0),
         metavar="N",
         help="full precision until there are N tokens (default 0)",
+    )
+    cache.add_argument(
+        "--no-memory-plan",
+        action="store_true",
+        help="do not work out beforehand whether prompt and reply fit into memory",
     )
     cache.add_argument(
         "--prefill-step-size",
@@ -141,6 +153,17 @@ _REFUSED = {
     "--trust-remote-code": "no code of a model folder is ever run; leave it out.",
     "--quantize-activations -qa": "only weights, keys and values can be quantised.",
 }
+
+
+def parse_bits(text: str) -> int | tuple:
+    """--kv-bits: "4", or "8,4" for keys and values; an argparse type."""
+    try:
+        found = tuple(int(n) for n in text.split(","))
+    except ValueError:
+        found = ()
+    if len(found) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bits, or two such as 8,4")
+    return found[0] if len({*found}) == 1 else found
 
 
 def check_flags(args: argparse.Namespace):
@@ -221,6 +244,28 @@ def work(args: argparse.Namespace) -> int:
     return reply(args, options, tokenizer, model, request, load_s, note)
 
 
+def plan_memory(args: argparse.Namespace, model: Any, request: Any, cache: list, note: Callable):
+    """Say what a long prompt takes in memory.
+
+    Raises:
+        UsageError: Prompt and reply do not fit.
+    """
+    from .cache import cache_bytes
+    from .generation import REPLY_ROOM, is_hydra
+    from .machine import machine
+    from .memory_plan import check, plan_of
+
+    if not is_hydra(model):
+        return
+    reply_tokens = REPLY_ROOM if request.max_tokens == -1 else request.max_tokens
+    tokens, few = len(request.cached) + len(request.rest) + reply_tokens, None
+    if request.kv_bits is not None and not args.quantized_kv_start:
+        bits = request.kv_bits
+        few = (*(bits if isinstance(bits, tuple) else (bits, bits)), request.kv_group_size)
+    plan = plan_of(model, tokens, args.prefill_step_size, few)
+    check(plan, machine(), len(request.rest), note, sum(cache_bytes(cache)))
+
+
 def reply(
     args: argparse.Namespace,
     options: sampling.SamplingOptions,
@@ -232,10 +277,13 @@ def reply(
 ) -> int:
     """Generate, print, save the prompt cache, print the figures; returns the exit code."""
     from .generation import stream_generate
+    from .kv_cache import kv_format
 
     if sampling.vocab_size(model) is not None:
         options.check_vocab(sampling.vocab_size(model))
     cache = request.make_cache(model)
+    if not args.no_memory_plan:
+        plan_memory(args, model, request, cache, note)
     sampler, processors = options.make(tokenizer)
     seed = options.apply_seed()
     out, tokens = cli.Reply(), []
@@ -269,7 +317,7 @@ def reply(
         if part.finish_reason == "interrupt" and not out.broken:
             done = f"{timings.processed_tokens:,} of {count(len(request.rest), 'prompt token')}"
             note(f"Interrupted after {count(len(tokens), 'token') if tokens else done}.")
-        if args.kv_bits and not any(hasattr(c, "bits") for c in cache):
+        if args.kv_bits and not any(map(kv_format, cache)):
             cli.say("--kv-bits had no effect: --quantized-kv-start was not reached.")
         if args.prompt_cache is not None and not args.prompt_cache_ro:
             n = request.save(

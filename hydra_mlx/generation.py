@@ -18,13 +18,16 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import cache as caches
+from .config import HydraArgs
 from .errors import UsageError
+from .kv_cache import BITS, GROUP_SIZES, HydraKVCache, in_words, kv_format
 from .layer_kernels import summary
 from .sampling import prompt_ids
 from .stats import Timings
 from .text import StopMatcher
 
-KV_BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what mx.quantize offers
+# Tokens of a reply that room is made for before it begins; a quarter of a longer prompt.
+REPLY_ROOM = 1024
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def stream_generate(
     logits_processors: list | None = None,
     prompt_cache: list | None = None,
     prefill_step_size: int = 2048,
-    kv_bits: int | None = None,
+    kv_bits: int | tuple | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 0,
     stop: Sequence = (),
@@ -76,7 +79,7 @@ def stream_generate(
         prompt_cache: From model.make_cache(), extended in place; None makes one.
         prefill_step_size: Prompt tokens that go through the model at once.
         kv_bits: 2, 3, 4, 5, 6 or 8 quantises keys and values, in groups of kv_group_size, once the
-            cache holds quantized_kv_start tokens.
+            cache holds quantized_kv_start tokens; (8, 4) is 8 for keys and 4 for values.
         stop: The reply ends before the first of these strings.
         progress: Called with (prompt tokens done, all) after each prefill step.
         should_stop: Asked between prefill steps and between tokens; True ends the reply.
@@ -99,8 +102,11 @@ def stream_generate(
         prompt_cache = make_prompt_cache(model)
     if kv_bits is not None:
         check_kv_bits(model, prompt_cache, kv_bits, kv_group_size, quantized_kv_start)
-        if quantized_kv_start == 0 and _words_fit(head_dim(model), kv_bits):
-            caches.quantise_cache(prompt_cache, kv_bits, kv_group_size)
+        if quantized_kv_start == 0:
+            _quantise(model, prompt_cache, kv_bits, kv_group_size)
+    if is_hydra(model):
+        room = min(max(max_tokens, 0), max(REPLY_ROOM, len(ids) // 4))
+        caches.own_cache(prompt_cache, held_tokens(prompt_cache) + len(ids) + room)
     if logits_processors and len(cached_tokens):
         before = mx.array(np.asarray(cached_tokens, np.int32))
         logits_processors = [_looking_back(p, before) for p in logits_processors]
@@ -219,7 +225,7 @@ def generate(
     logits_processors: list | None = None,
     prompt_cache: list | None = None,
     prefill_step_size: int = 2048,
-    kv_bits: int | None = None,
+    kv_bits: int | tuple | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 0,
     stop: Sequence = (),
@@ -255,21 +261,45 @@ def head_dim(model: Any) -> int | None:
     return found or (hidden // heads if heads and hidden else None)
 
 
-def _words_fit(D: int | None, bits: int) -> bool:
+def is_hydra(model: Any) -> bool:
+    """Whether our own cache classes can serve this model."""
+    return isinstance(getattr(model, "args", None), HydraArgs)
+
+
+def _quantise(model: Any, cache: list, bits: int | tuple, group_size: int):
+    if is_hydra(model):
+        caches.quantise_cache(cache, bits, group_size)
+        return
     # mlx-lm's empty QuantizedKVCache sizes rows as D // (32 // bits) words, too many for some D
     # (128 at 5 and 6 bits). Those are quantised after the first prefill step, which is right.
-    return D is None or D // (32 // bits) == D * bits // 32
+    D = head_dim(model)
+    for i, c in enumerate(cache):
+        if isinstance(c, KVCache) and not c.empty():
+            cache[i] = c.to_quantized(group_size=group_size, bits=bits)
+        elif isinstance(c, KVCache) and (D is None or D // (32 // bits) == D * bits // 32):
+            cache[i] = QuantizedKVCache(group_size=group_size, bits=bits)
 
 
-def check_kv_bits(model: Any, cache: list, bits: int, group_size: int, start: int):
+def check_kv_bits(model: Any, cache: list, bits: int | tuple, group_size: int, start: int):
     """Whether --kv-bits can be honoured.
 
     Raises:
         UsageError: Bits or group size do not exist or do not fit, or the cache of this model
             cannot be quantised.
     """
-    if bits not in KV_BITS:
-        raise UsageError(f"kv-bits is {bits}, expected one of {', '.join(map(str, KV_BITS))}.")
+    pair = bits if isinstance(bits, Sequence) else (bits, bits)
+    if len(pair) != 2 or not {*pair} <= {*BITS}:
+        shown = ",".join(map(str, pair)) if isinstance(bits, Sequence) else bits
+        raise UsageError(
+            f"kv-bits is {shown}, expected one of {', '.join(map(str, BITS))}, or two for keys and "
+            "values."
+        )
+    if isinstance(bits, Sequence) and not is_hydra(model):
+        raise UsageError(
+            f"kv-bits {in_words(*pair)}: only HydraHead models can keep keys and values in "
+            "different numbers of bits.",
+            f"Use --kv-bits {max(pair)}.",
+        )
     if start < 0:
         raise UsageError(f"quantized-kv-start is {start}, expected 0 or more.")
     D = head_dim(model)
@@ -287,16 +317,18 @@ def check_kv_bits(model: Any, cache: list, bits: int, group_size: int, start: in
             "Leave --kv-bits out; the recurrent state stays float32.",
         )
     kinds = {type(c) for c in cache if hasattr(c, "offset") or hasattr(c, "caches")}
-    if not kinds or kinds - {KVCache, QuantizedKVCache}:
+    if not kinds or kinds - {HydraKVCache, KVCache, QuantizedKVCache}:
         names = ", ".join(sorted(k.__name__ for k in kinds)) or "no keys and values"
         raise UsageError(
             f"kv-bits cannot be used: the cache of this model ({names}) cannot be quantised.",
             "Leave --kv-bits out.",
         )
     for c in cache:
-        if isinstance(c, QuantizedKVCache) and (c.bits, c.group_size) != (bits, group_size):
+        held = kv_format(c)
+        if held is not None and held != (*pair, group_size):
+            words = in_words(*held[:2])
             raise UsageError(
-                f"kv-bits {bits} in groups of {group_size}, but the cache holds {c.bits} bits in "
-                f"groups of {c.group_size}.",
-                f"Use --kv-bits {c.bits} --kv-group-size {c.group_size}, or another cache.",
+                f"kv-bits {in_words(*pair)} in groups of {group_size}, but the cache holds {words} "
+                f"bits in groups of {held[2]}.",
+                f"Use --kv-bits {words} --kv-group-size {held[2]}, or another cache.",
             )

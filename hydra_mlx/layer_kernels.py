@@ -161,7 +161,7 @@ class LayerKernels:
         else:
             verdict = fa_decode.eligible(q, held, groups, step.fa_mask, p.gate_fa)
             least = PLAIN_FROM[to.route]
-            if verdict[0] and held.bits is None and (least is None or held.S < least):
+            if verdict[0] and not held.quantised and (least is None or held.S < least):
                 verdict = False, "a plain cache: MLX's own attention"
         key = ("fa", many or T, q.dtype, _kind(held))
         if not self._may(
@@ -183,7 +183,7 @@ class LayerKernels:
 
 def _kind(held: KeyValues | None) -> tuple | None:
     """What the kernels are specialised for in a cache; None for none or an empty one."""
-    return None if held is None else (held.dtype, held.bits, held.group_size)
+    return None if held is None else (held.dtype, held.widths, held.group_size)
 
 
 def _store(arrays: Any, tail: mx.array, state: mx.array, T: int):

@@ -21,6 +21,11 @@ from .step import Step
 
 ModelArgs = HydraArgs
 
+# On a GPU MLX prepares a whole forward pass before the first layers are done, and holds what every
+# layer needs in between. Over many tokens that is gigabytes, so a long step waits now and then.
+LAYERS_AHEAD = 4
+LONG_STEP = 256  # tokens; shorter steps hold little and would feel the wait
+
 
 class SpecMLP(nn.Module):
     """SwiGLU with the three matrices of the checkpoint."""
@@ -96,7 +101,10 @@ class HydraModel(nn.Module):
             create_ssm_mask(h, arrays),
             None if self.training else backend(),
         )
-        for layer, kv, ar in zip(self.layers, layout.kv, layout.arrays):  # noqa: B905
+        wait = step.backend is not None and h.shape[1] >= LONG_STEP
+        for i, (layer, kv, ar) in enumerate(zip(self.layers, layout.kv, layout.arrays)):  # noqa: B905
+            if wait and i and i % LAYERS_AHEAD == 0:
+                mx.eval(h)
             h = layer(
                 h,
                 step,
@@ -138,7 +146,11 @@ class Model(nn.Module):
         Returns:
             [B, T, V].
         """
-        h = self.model(inputs, cache, input_embeddings)
+        return self.head(self.model(inputs, cache, input_embeddings))
+
+    def head(self, h: mx.array) -> mx.array:
+        """Logits [B, T, V] of hidden states [B, T, E]; give it the last token's when only its
+        are wanted, MLX computes a whole product for a slice of it."""
         if self.args.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(h)
         return self.lm_head(h)

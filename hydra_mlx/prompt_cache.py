@@ -20,7 +20,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import cache as stock
 
+from .cache import as_stock
 from .errors import CacheError, UsageError
+from .kv_cache import HydraKVCache
 from .prompts import SAME
 from .text import first_line
 
@@ -123,7 +125,7 @@ def save_cache(path: str | os.PathLike, stored: StoredCache):
         "tokenizer_config": "{}",
     }
     try:
-        stock.save_prompt_cache(str(part), stored.cache, metadata)
+        stock.save_prompt_cache(str(part), as_stock(stored.cache), metadata)
         digest, where = _digest(part)
         if where is None:
             raise CacheError("The header has no place for the checksum.")
@@ -235,7 +237,9 @@ def _load_arrays(path: Path) -> list:
         else:
             arrays[name] = None if kind == "none" else arrays[name].item()
     states = tree_unflatten(list(arrays.items()))
-    cache = [getattr(stock, c).from_state(s) for c, s in zip(classes, states, strict=True)]
+    own = {"HydraKVCache": HydraKVCache}
+    kinds = [own.get(c) or getattr(stock, c) for c in classes]
+    cache = [kind.from_state(s) for kind, s in zip(kinds, states, strict=True)]
     mx.eval([c.state for c in cache])
     return cache
 
@@ -254,7 +258,7 @@ def check_model(stored: StoredCache, model: Any):
         )
     fresh = stock.make_prompt_cache(model)
     same = len(fresh) == len(stored.cache) and all(
-        type(a) is type(b) or isinstance(b, stock.QuantizedKVCache)
+        type(a) is type(b) or isinstance(b, stock.QuantizedKVCache | HydraKVCache)
         for a, b in zip(fresh, stored.cache)  # noqa: B905 (same length)
     )
     offsets = {int(c.offset) for c in stored.cache if hasattr(c, "offset")}

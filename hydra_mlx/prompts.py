@@ -167,7 +167,7 @@ class Request:
     messages: list | None
     stored: Any = None
     fingerprint: str = ""
-    kv_bits: int | None = None
+    kv_bits: int | tuple | None = None
     kv_group_size: int = 64
 
     def make_cache(self, model: Any) -> list:
@@ -245,6 +245,7 @@ def plan(
     Raises:
         UsageError, CacheError: The prompt does not fit the file, or --max-context.
     """
+    from .kv_cache import in_words, kv_format
     from .prompt_cache import open_cache
 
     active = chat.active(tokenizer)
@@ -274,11 +275,13 @@ def plan(
         note(f"The prompt has {len(ids):,} tokens, more than the {limit:,} this model is made for.")
     request = Request(prompt, ids[:held], ids[held:], args.max_tokens, messages, stored)
     request.max_tokens = fit_context(len(ids), args.max_tokens, args.max_context)
-    quantised = [c for c in stored.cache if hasattr(c, "bits")] if stored else []
+    quantised = [f for f in map(kv_format, stored.cache) if f is not None] if stored else []
     request.kv_bits, request.kv_group_size = args.kv_bits, args.kv_group_size or 64
     if quantised and args.kv_bits is None:
-        request.kv_bits, request.kv_group_size = quantised[0].bits, quantised[0].group_size
-        note(f"{stored.path} holds keys and values in {request.kv_bits} bits; keeping to that.")
+        k_bits, v_bits, request.kv_group_size = quantised[0]
+        request.kv_bits = k_bits if k_bits == v_bits else (k_bits, v_bits)
+        words = in_words(k_bits, v_bits)
+        note(f"{stored.path} holds keys and values in {words} bits; keeping to that.")
     return request
 
 

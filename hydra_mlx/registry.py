@@ -19,8 +19,12 @@ def register() -> None:
 
     Safe to call twice. mlx-lm has no plugin entry point; it imports `mlx_lm.models.<model_type>`.
     """
-    from . import model
+    from mlx_lm.models import cache as stock
 
+    from . import model
+    from .kv_cache import HydraKVCache
+
+    stock.HydraKVCache = HydraKVCache  # load_prompt_cache looks for classes there
     name = f"mlx_lm.models.{MODEL_TYPE}"
     if sys.modules.get(name) is model:
         return

@@ -27,6 +27,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
 from .cache import CONV, STATE, make_cache
 from .checkpoints import Checkpoint, Checkpoints
 from .errors import CacheError, UsageError
+from .kv_cache import HydraKVCache, kv_format
 
 
 def append(
@@ -64,7 +65,8 @@ def append(
     stop = start + len(ids)
     while a < stop:
         b = min((a // step + 1) * step, (a // N + 1) * N, stop)
-        logits = _forward(model, cache, ids[a - start : b - start])[:, -1]
+        h = _forward(model, cache, ids[a - start : b - start])
+        logits = model.head(h[:, -1:])[:, -1] if b == stop else None
         checkpoints.note(cache, mark and b == stop)
         a = b
     if start == stop and mark:
@@ -179,14 +181,13 @@ def reuse(
 def fork_cache(cache: list) -> list:
     """A second cache of the same tokens; memory is shared until one of them writes.
 
-    An update writes into a key/value array through its Python object, so each cache needs objects
-    of its own; what they stand for MLX copies at the first write.
+    See HydraKVCache.fork; mlx-lm's own classes likewise.
     """
-    forks = [copy.copy(c) for c in cache]
+    forks = [c.fork() if isinstance(c, HydraKVCache) else copy.copy(c) for c in cache]
     for c in forks:
         if isinstance(c, ArraysCache):
             c.cache = list(c.cache)
-        else:
+        elif not isinstance(c, HydraKVCache):
             c.keys, c.values = tree_map(copy.copy, (c.keys, c.values))
     return forks
 
@@ -196,9 +197,9 @@ def _ids(tokens: Sequence) -> mx.array:
 
 
 def _forward(model: Any, cache: list, ids: mx.array) -> mx.array:
-    logits = model(ids[None], cache=cache)
-    mx.eval([c.state for c in cache])  # not the logits: few of them are wanted
-    return logits
+    h = model.model(ids[None], cache)
+    mx.eval([c.state for c in cache])  # not the logits: those of one token are wanted
+    return h
 
 
 def _offsets(model: Any, cache: list) -> tuple:
@@ -208,7 +209,7 @@ def _offsets(model: Any, cache: list) -> tuple:
         CacheError: A batch, or a cache of another model or kind.
     """
     kinds = [ArraysCache if isinstance(c, ArraysCache) else KVCache for c in make_cache(model.args)]
-    allowed = (KVCache, QuantizedKVCache, ArraysCache)
+    allowed = (HydraKVCache, KVCache, QuantizedKVCache, ArraysCache)
     odd = sorted({type(c).__name__ for c in cache if type(c) not in allowed})
     if odd:
         raise CacheError(f"A cache with {', '.join(odd)} cannot go back: expected one sequence.")
@@ -224,8 +225,10 @@ def _offsets(model: Any, cache: list) -> tuple:
             fits = x is None or x.shape[-2:] == (D, D)
             whole = c.lengths is None and c.left_padding is None
         else:
-            x = c.keys[1] if isinstance(c.keys, tuple | list) else c.keys
-            fits = x is None or x.shape[-1] * getattr(c, "group_size", 1) == args.head_dim
+            few, x = kv_format(c), c.keys
+            if few is not None and x is not None:
+                x = x[1]  # the scales, one for each group
+            fits = x is None or x.shape[-1] * (few[2] if few else 1) == args.head_dim
             whole = True
         if not whole or (x is not None and x.shape[0] != 1):
             raise CacheError("A batch cannot go back: expected a cache of one sequence.")
@@ -242,6 +245,8 @@ def _restore(cache: list, point: Checkpoint | None, position: int):
             tail, state = (None, None) if point is None else next(slots)
             c[CONV] = tail
             c[STATE] = None if state is None else state.astype(mx.float32)
+        elif isinstance(c, HydraKVCache):
+            c.trim(c.offset - position)
         elif position == 0:
             c.keys = c.values = None
             c.offset = 0

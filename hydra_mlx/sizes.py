@@ -4,7 +4,12 @@ from .config import HydraArgs, layer_heads
 
 
 def kv_bytes_per_token(args: HydraArgs, itemsize: float = 2.0) -> float:
-    """Key and value bytes a token adds, all layers; itemsize 2 for bf16, 0.5625 for 4 bit."""
+    """Key and value bytes a token adds, all layers.
+
+    Args:
+        itemsize: Of a number: 2 for bf16, 0.5625 for 4 bit; for keys and values in different
+            numbers of bits the mean of two cache.bytes_per_number.
+    """
     heads = sum(len(layer_heads(args, i).kv) for i in range(args.num_hidden_layers))
     if heads == 0:
         heads = 1

@@ -10,7 +10,8 @@
 // All scores are base-2 logarithms. A step that every query sees in full skips all masks.
 //
 // X       dtype of q;  C dtype of the cache (of scales and biases when quantised)
-// BITS    32 or 16: keys and values are C;  8 or 4: MLX affine, GROUP 32 or 64 (else GROUP is 1)
+// KBITS   of keys, VBITS of values. 32 or 16: both are C;  8 or 4, each for itself: MLX affine,
+//         GROUP 32 or 64 (else GROUP is 1). BITS: whichever a helper works on
 // L       lanes of a key: a power of two up to 16, at most GROUP numbers a lane, DK / L and DV / L
 //         whole words
 // R       query rows, U keys of a lane group in a step, SG SIMD-groups of the threadgroup
@@ -148,25 +149,25 @@ HYDRA_FN void fa_decode_add(
 }
 
 template <
-    typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, bool TAIL>
+    typename C, int KBITS, int VBITS, int GROUP, int DK, int DV, int L, int R, int U, bool TAIL>
 HYDRA_FN void fa_decode_step(
     const device uint* k_words, const device C* k_scales, const device C* k_biases,
     const device uint* v_words, const device C* v_scales, const device C* v_biases,
     const thread float* q, const thread float* q_sum, const thread int* limit, int base, int end,
     int lane, thread float* m, thread float* l, thread float* acc, thread float* acc_bias) {
-  uint kw[U * DK / L * BITS / 32], vw[U * DV / L * BITS / 32];
+  uint kw[U * DK / L * KBITS / 32], vw[U * DV / L * VBITS / 32];
   float ks[U], kb[U], vs[U], vb[U], p[R * U];
-  fa_decode_load<C, BITS, GROUP, DK, L, U, TAIL>(
+  fa_decode_load<C, KBITS, GROUP, DK, L, U, TAIL>(
       k_words, k_scales, k_biases, base, end, lane, kw, ks, kb);
-  fa_decode_load<C, BITS, GROUP, DV, L, U, TAIL>(
+  fa_decode_load<C, VBITS, GROUP, DV, L, U, TAIL>(
       v_words, v_scales, v_biases, base, end, lane, vw, vs, vb);
-  fa_decode_dot<C, BITS, DK, L, R, U>(q, q_sum, kw, ks, kb, p);
-  fa_decode_softmax<BITS, DV, L, R, U, TAIL>(limit, base, lane, p, m, l, acc, acc_bias);
-  fa_decode_add<C, BITS, DV, L, R, U>(p, vw, vs, vb, acc, acc_bias);
+  fa_decode_dot<C, KBITS, DK, L, R, U>(q, q_sum, kw, ks, kb, p);
+  fa_decode_softmax<VBITS, DV, L, R, U, TAIL>(limit, base, lane, p, m, l, acc, acc_bias);
+  fa_decode_add<C, VBITS, DV, L, R, U>(p, vw, vs, vb, acc, acc_bias);
 }
 
 template <
-    typename C, int BITS, int GROUP, int DK, int DV, int L, int R, int U, int SG>
+    typename C, int KBITS, int VBITS, int GROUP, int DK, int DV, int L, int R, int U, int SG>
 HYDRA_FN void fa_decode_scan(
     const thread float* query, const thread float* q_sum, const thread int* limit,
     const thread int* row, const device uint* k_words, const device C* k_scales,
@@ -187,11 +188,11 @@ HYDRA_FN void fa_decode_scan(
   }
   for (int base = first + sg * KEYS; base < end; base += SG * KEYS) {
     if (base + KEYS <= full) {
-      fa_decode_step<C, BITS, GROUP, DK, DV, L, R, U, false>(
+      fa_decode_step<C, KBITS, VBITS, GROUP, DK, DV, L, R, U, false>(
           k_words, k_scales, k_biases, v_words, v_scales, v_biases, query, q_sum, limit, base,
           end, lane, m, l, acc, acc_bias);
     } else {
-      fa_decode_step<C, BITS, GROUP, DK, DV, L, R, U, true>(
+      fa_decode_step<C, KBITS, VBITS, GROUP, DK, DV, L, R, U, true>(
           k_words, k_scales, k_biases, v_words, v_scales, v_biases, query, q_sum, limit, base,
           end, lane, m, l, acc, acc_bias);
     }
@@ -200,10 +201,10 @@ HYDRA_FN void fa_decode_scan(
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     if (row[r] >= 0) {  // the same in every thread
-      if (BITS < 16) {
+      if (VBITS < 16) {
 #pragma unroll
         for (int i = 0; i < EV; ++i)
-          acc[r * EV + i] = metal::fma(acc[r * EV + i], fa_field_scale<BITS>(i), acc_bias[r]);
+          acc[r * EV + i] = metal::fma(acc[r * EV + i], fa_field_scale<VBITS>(i), acc_bias[r]);
       }
 #pragma unroll
       for (int d = L; d < 32; d *= 2) {

@@ -11,20 +11,20 @@
 // Scores never leave the registers, dequantised numbers never the threadgroup.
 //
 // inputs   q [B, T, Hf, D] X, after its norm, before any scale
-//          keys, values [B, Hk, S_alloc, D*BITS/32] uint, with k_scales, k_biases, v_scales,
-//            v_biases [B, Hk, S_alloc, D/GROUP] C
+//          keys, values [B, Hk, S_alloc, D*BITS/32] uint, BITS is KBITS or VBITS, with k_scales,
+//            k_biases, v_scales, v_biases [B, Hk, S_alloc, D/GROUP] C
 //          heads [kept, 2 + most] int32: for each key/value head that is read its number, how
 //            many heads read it, and which
 //          floats [2]: scale of the scores, a of the log-length scale (0: off)
 // scalars  T, Hf, Hk, S (the last T are the new tokens), S_alloc, most, tiles, offset
 // outputs  y [B, T, Hf, D] X
-// template X, C; BITS 8 or 4; GROUP 32 or 64; D 64 or 128; BK keys of a tile, a multiple of 8;
-//          SG SIMD-groups: 8 * SG rows of a tile
+// template X, C; KBITS, VBITS 8 or 4; GROUP 32 or 64; D 64 or 128; BK keys of a tile, a multiple of
+//          8; SG SIMD-groups: 8 * SG rows of a tile
 // grid     (32*SG * tiles, kept, B), threadgroup (32*SG, 1, 1); the longest tiles come first
 constexpr int LD = D + 4;  // a stride that spreads rows over the banks
 constexpr int DF = D / 8, KF = BK / 8;
-constexpr int PER = 32 / BITS;
-constexpr int WORDS = D / PER;
+constexpr int KW = D * KBITS / 32, VW = D * VBITS / 32;  // words of a row
+constexpr int KN = (BK * KW + 32 * SG - 1) / (32 * SG), VN = (BK * VW + 32 * SG - 1) / (32 * SG);
 threadgroup float k_tile[BK * LD];
 threadgroup float v_tile[BK * LD];
 
@@ -39,8 +39,8 @@ const int first = (tiles - 1 - static_cast<int>(threadgroup_position_in_grid.x))
 if (first >= rows) return;  // the whole threadgroup: a head with fewer readers than another
 
 const long head = (b * Hk + my_heads[0]) * static_cast<long>(S_alloc);
-const device uint* my_keys = keys + head * WORDS;
-const device uint* my_values = values + head * WORDS;
+const device uint* my_keys = keys + head * KW;
+const device uint* my_values = values + head * VW;
 const device C* my_k_scales = k_scales + head * (D / GROUP);
 const device C* my_k_biases = k_biases + head * (D / GROUP);
 const device C* my_v_scales = v_scales + head * (D / GROUP);
@@ -69,27 +69,14 @@ const int seen_by_all = S - T + first / readers + 1;           // every row of t
 const int last = S - T + metal::min(first + 8 * SG - 1, rows - 1) / readers + 1;
 
 for (int base = 0; base < last; base += BK) {
-  for (int i = id; i < BK * WORDS; i += 32 * SG) {
-    const int key = i / WORDS, w = i - key * WORDS;
-    threadgroup float* to_k = k_tile + key * LD + w * PER;
-    threadgroup float* to_v = v_tile + key * LD + w * PER;
-    if (base + key < S) {
-      const int group = (base + key) * (D / GROUP) + w * PER / GROUP;
-      const uint kw = my_keys[(base + key) * WORDS + w], vw = my_values[(base + key) * WORDS + w];
-      const float ks = to_float(my_k_scales[group]), kb = to_float(my_k_biases[group]);
-      const float vs = to_float(my_v_scales[group]), vb = to_float(my_v_biases[group]);
-      float x[PER];
-      fa_unpack<C, BITS, PER>(&kw, x);
-#pragma unroll
-      for (int e = 0; e < PER; ++e) to_k[e] = metal::fma(ks * fa_field_scale<BITS>(e), x[e], kb);
-      fa_unpack<C, BITS, PER>(&vw, x);
-#pragma unroll
-      for (int e = 0; e < PER; ++e) to_v[e] = metal::fma(vs * fa_field_scale<BITS>(e), x[e], vb);
-    } else {
-#pragma unroll
-      for (int e = 0; e < PER; ++e) to_k[e] = to_v[e] = 0.0f;
-    }
-  }
+  uint kw[KN], vw[VN];  // all loads first, so that none waits for another's arithmetic
+  float ks[KN], kb[KN], vs[VN], vb[VN];
+  fa_tile_load<C, KBITS, GROUP, D, BK, 32 * SG>(
+      my_keys, my_k_scales, my_k_biases, base, S, id, kw, ks, kb);
+  fa_tile_load<C, VBITS, GROUP, D, BK, 32 * SG>(
+      my_values, my_v_scales, my_v_biases, base, S, id, vw, vs, vb);
+  fa_tile_store<C, KBITS, D, BK, LD, 32 * SG>(kw, ks, kb, base, S, id, k_tile);
+  fa_tile_store<C, VBITS, D, BK, LD, 32 * SG>(vw, vs, vb, base, S, id, v_tile);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   simdgroup_float8x8 sf[KF];

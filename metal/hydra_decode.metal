@@ -19,7 +19,7 @@
 //          part [B, T, Hf, splits+1, D], stats [B, T, Hf, splits+1, 2] as in fa_decode.metal
 //          new_k, new_v [B, Hk, T, D] X
 // template as la_decode.metal; FQ, FK dtypes of fa_q_norm, fa_k_norm; FA_NORM, FA_ROPE 0 or 1;
-//          C, BITS, GROUP, L, R, U as fa_decode.metal
+//          C, KBITS, VBITS, GROUP, L, R, U as fa_decode.metal
 // grid     (32*SG * (B*Hl + B*Hk + B*(splits+1)*items), 1, 1), threadgroup (32*SG, 1, 1)
 constexpr int LA_FLOATS = 4 * TM * D;
 constexpr int SCAN_FLOATS = R * D + SG * (D + 4);  // the last 2 SG are padding to whole float4
@@ -103,9 +103,9 @@ if (index < B * Hl) {
       for (int i = 0; i < D / 32; ++i) u[i] = to_float(from_float<X>(u[i]));
       float w[D / 32];
       for (int i = 0; i < D / 32; ++i) w[i] = to_float(row[v_row + 32 * i + lane]);
-      if (BITS < 16) {
-        fa_quantised<C, BITS, BITS < 16 ? GROUP : 32, D>(u);
-        fa_quantised<C, BITS, BITS < 16 ? GROUP : 32, D>(w);
+      if (KBITS < 16) {
+        fa_quantised<C, KBITS, KBITS < 16 ? GROUP : 32, D>(u);
+        fa_quantised<C, VBITS, KBITS < 16 ? GROUP : 32, D>(w);
       }
       for (int i = 0; i < D / 32; ++i) {
         rest[2 * t * D + 32 * i + lane] = u[i];
@@ -127,13 +127,13 @@ if (index < B * Hl) {
     int row[R], limit[R];
     float query[R * (D / L)], q_sum[R];
     for (int r = 0; r < R; ++r) row[r] = rows[r];
-    hydra_queries<BITS, D, L, R>(memory, end, lane, query, q_sum, limit);
-    fa_decode_scan<C, BITS, GROUP, D, D, L, R, U, SG>(
+    hydra_queries<KBITS, D, L, R>(memory, end, lane, query, q_sum, limit);
+    fa_decode_scan<C, KBITS, VBITS, GROUP, D, D, L, R, U, SG>(
         query, q_sum, limit, row,
-        reinterpret_cast<const device uint*>(keys) + head * allocated * (D * BITS / 32),
+        reinterpret_cast<const device uint*>(keys) + head * allocated * (D * KBITS / 32),
         reinterpret_cast<const device C*>(k_scales) + head * allocated * (D / GROUP),
         reinterpret_cast<const device C*>(k_biases) + head * allocated * (D / GROUP),
-        reinterpret_cast<const device uint*>(values) + head * allocated * (D * BITS / 32),
+        reinterpret_cast<const device uint*>(values) + head * allocated * (D * VBITS / 32),
         reinterpret_cast<const device C*>(v_scales) + head * allocated * (D / GROUP),
         reinterpret_cast<const device C*>(v_biases) + head * allocated * (D / GROUP), my_part,
         my_stats, end, first, end, split, splits + 1, rest, lane, sg);

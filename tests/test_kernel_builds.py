@@ -20,7 +20,7 @@ def cache(dtype, bits):
         return fa_decode.KeyValues(*[zeros(1, 2, 40, D, dtype=dtype)] * 2, 40)
     words = zeros(1, 2, 40, D * bits // 32, dtype=mx.uint32)
     parts = (words, *[zeros(1, 2, 40, 1, dtype=dtype)] * 2)
-    return fa_decode.KeyValues(parts, parts, 40, bits, 64)
+    return fa_decode.KeyValues(parts, parts, 40, bits, bits, 64)
 
 
 def attention(module, bits):

@@ -35,6 +35,7 @@ class Case:
     dtype: str = "float32"
     cache: str = ""
     bits: int | None = None
+    v_bits: int | None = None  # as the keys
     group: int = 64
     extra: int = 7
     B: int = 1
@@ -68,20 +69,21 @@ def poisoned(x, extra):
 def make_cache(rng, case, Hk, dtype):
     """The cache as KeyValues with garbage behind S, and keys and values in float64."""
     buffers, exact = [], []
-    for D in (case.Dk, case.Dv):
+    widths = (case.bits, case.v_bits or case.bits)
+    for D, bits in zip((case.Dk, case.Dv), widths, strict=True):
         x = random(rng, (case.B, Hk, case.S, D), dtype)
         if case.bits is None:
             buffers.append(poisoned(x, case.extra))
             exact.append(to_numpy(x))
             continue
-        words, scales, biases = mx.quantize(x, group_size=case.group, bits=case.bits)
+        words, scales, biases = mx.quantize(x, group_size=case.group, bits=bits)
         buffers.append(tuple(poisoned(y, case.extra) for y in (words, scales, biases)))
-        shifts = np.arange(0, 32, case.bits, dtype=np.uint32)
-        n = (np.array(words)[..., None] >> shifts & (2**case.bits - 1)).reshape(x.shape)
+        shifts = np.arange(0, 32, bits, dtype=np.uint32)
+        n = (np.array(words)[..., None] >> shifts & (2**bits - 1)).reshape(x.shape)
         s, b = (np.repeat(to_numpy(y), case.group, axis=-1) for y in (scales, biases))
         exact.append(n * s + b)
     group = None if case.bits is None else case.group
-    return KeyValues(*buffers, case.S, case.bits, group), exact
+    return KeyValues(*buffers, case.S, *widths, group), exact
 
 
 def exact_attention(q, k, v, case, scale, offset):
@@ -190,6 +192,13 @@ def test_quantised(case, bits, group):
     run_case(replace(case, bits=bits, group=group, dtype=dtype))
 
 
+@pytest.mark.parametrize("bits", [(8, 4), (4, 8)], ids=str)
+@pytest.mark.parametrize("case", QUANTISED, ids=str)
+def test_keys_and_values_in_different_bits(case, bits):
+    dtype = ("float32", "bfloat16", "float16")[(case.S + bits[0]) % 3]
+    run_case(replace(case, bits=bits[0], v_bits=bits[1], dtype=dtype))
+
+
 def test_cache_of_another_dtype():
     run_case(Case(S=65, dtype="float32", cache="bfloat16"))
     run_case(Case(S=65, dtype="bfloat16", cache="float32"))
@@ -262,6 +271,7 @@ CHECKED = [
     Case(S=33, T=8, kv_map=(0,), bits=4, group=32, dtype="bfloat16", cores=1, gate="headwise"),
     Case(S=65, T=1, kv_map=(0, 1), Dk=128, Dv=128, bits=8, dtype="float32", cores=1, B=2),
     Case(S=31, splits=(2, 32), dtype="float32", norm="rms_no_weight"),
+    Case(S=65, T=2, kv_map=(0, 0), Dk=128, Dv=64, bits=8, v_bits=4, dtype="bfloat16", cores=1),
     Case(S=133, T=2, bits=4, dtype="float32", options=(("simdgroups", 1),)),
 ]
 
@@ -286,6 +296,7 @@ COUNTED = [
     ),
     Case(S=300, T=2, kv_map=(0, 1), bits=8, group=32, dtype="float16", Dv=128),
     Case(S=300, kv_map=(0, 1), dtype="bfloat16", options=(("simdgroups", 2),)),
+    Case(S=300, kv_map=(0, 1), dtype="bfloat16", bits=8, v_bits=4),
 ]
 
 
@@ -312,7 +323,7 @@ def test_cost_against_the_composed_operations():
             kv = KeyValues(x, x, S)
         else:
             x = [mx.zeros((1, 4, S, n), t) for n, t in ((16, mx.uint32), *[(2, mx.bfloat16)] * 2)]
-            kv = KeyValues(x, x, S, bits, 64)
+            kv = KeyValues(x, x, S, bits, bits, 64)
         first = fa_decode.launch(q, kv, heads, 0.1)
         part, stats = (mx.zeros(s) for s in first.output_shapes)
         second = fa_decode.combine_launch(part, stats, q.dtype)
@@ -365,6 +376,6 @@ def test_eligible_gives_reasons():
     y = mx.zeros((1, 2, 8, 96))
     assert "96" in reason(kv=KeyValues(y, y, 5))
     assert "valid tokens" in reason(kv=KeyValues(x, x, 9))
-    assert "3 bits" in reason(kv=KeyValues((x, x, x), (x, x, x), 5, 3, 64))
+    assert "3 bits" in reason(kv=KeyValues((x, x, x), (x, x, x), 5, 3, 3, 64))
     one = (mx.zeros((1, 1, 1, 8), mx.uint32), mx.zeros((1, 1, 1, 1)), mx.zeros((1, 1, 1, 1)))
-    assert "few" in reason(kv=KeyValues(one, one, 1, 4, 64))
+    assert "few" in reason(kv=KeyValues(one, one, 1, 4, 4, 64))

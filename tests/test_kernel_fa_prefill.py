@@ -73,6 +73,14 @@ def test_formats(dtype, bits, group):
     run_case(replace(PLAIN, S=40, T=9, bits=bits, group=group, dtype=dtype))
 
 
+@pytest.mark.parametrize("bits", [(8, 4), (4, 8)], ids=str)
+@pytest.mark.parametrize("D", [64, 128])
+def test_keys_and_values_in_different_bits(bits, D):
+    case = replace(PLAIN, S=75, T=20, Dk=D, Dv=D, bits=bits[0], v_bits=bits[1], dtype="bfloat16")
+    run_case(replace(case, check=D == 64, group=32))
+    run_case(replace(case, B=2, dtype="float32"))
+
+
 def test_other_dtypes_scales_and_logits():
     run_case(replace(PLAIN, dtype="float32", cache="bfloat16"))
     run_case(replace(PLAIN, a=None))
@@ -129,7 +137,7 @@ def test_cost_against_the_composed_operations():
     """What the kernel is for: no scores in device memory."""
     q = mx.zeros((1, 2048, 4, 128), mx.bfloat16)
     x = [mx.zeros((1, 4, 32768, n), t) for n, t in ((16, mx.uint32), *[(2, mx.bfloat16)] * 2)]
-    kv = KeyValues(x, x, 32768, 4, 64)
+    kv = KeyValues(x, x, 32768, 4, 4, 64)
     heads = (0, 1, 2, 3)
     ours = fa_prefill.cost(fa_prefill.launch(q, kv, heads, 0.1), heads)
     composed = fa_prefill.composed_cost(q, kv, heads)
@@ -140,7 +148,7 @@ def test_cost_against_the_composed_operations():
 def test_eligible_gives_reasons():
     q = mx.zeros((1, 9, 2, 64))
     x = [mx.zeros((1, 2, 16, n), t) for n, t in ((8, mx.uint32), (1, F32), (1, F32))]
-    kv = KeyValues(x, x, 16, 4, 64)
+    kv = KeyValues(x, x, 16, 4, 4, 64)
 
     def reason(q=q, kv=kv, heads=(0, 1), mask="causal"):
         ok, why = fa_prefill.eligible(q, kv, heads, mask)
@@ -153,5 +161,5 @@ def test_eligible_gives_reasons():
     assert "do not fit" in reason(heads=(0,))
     assert "do not fit" in reason(mx.zeros((1, 17, 2, 64)))
     assert "equal" in reason(mx.zeros((1, 9, 2, 128)))
-    assert "6 bits" in reason(kv=replace(kv, bits=6))
+    assert "6 and 4 bits" in reason(kv=replace(kv, k_bits=6))
     assert "int8" in reason(q.astype(mx.int8))

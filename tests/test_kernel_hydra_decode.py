@@ -6,12 +6,13 @@ from hydra_mlx import reference
 from hydra_mlx.cache import CONV, STATE
 from hydra_mlx.kernels import fa_decode, hydra_decode
 from hydra_mlx.kernels.loader import absent
+from hydra_mlx.kv_cache import HydraKVCache
 from hydra_mlx.step import Step
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
+from mlx_lm.models.cache import ArraysCache, KVCache
 
 from .metal_host.testing import needs_metal_host
 from .test_kernel_la_decode import (
@@ -29,11 +30,11 @@ pytestmark = needs_metal_host
 
 
 def make_caches(mixer, B, S, tail, state, dtype, bits=None, seed=3):
-    """A KVCache of S random tokens and an ArraysCache, as of a layer in use."""
+    """Keys and values of S random tokens and an ArraysCache, as of a layer in use."""
     args = mixer.args
     arrays = ArraysCache(2)
     arrays[CONV], arrays[STATE] = tail, state
-    kv = KVCache() if bits is None else QuantizedKVCache(group_size=64, bits=bits)
+    kv = HydraKVCache(*(bits if isinstance(bits, tuple) else (bits, bits)))
     if S:
         rng = np.random.RandomState(seed)
         shape = (B, len(mixer.heads.kv), S, args.head_dim)
@@ -112,7 +113,8 @@ def compare(mixer, B, T, S, dtype="float32", bits=None, check=False, layer=None,
         ref = by_operations(mixer, x, ab, kv, arrays)
         # A new token goes through the cache's rounding here too. In 16 bits a few of its numbers
         # lie between two steps, where the last digit of a norm decides.
-        tolerance = {None: 1.0, 8: 1.0, 4: 1.0 if dtype == "float32" else 3.0}[bits] * TWIN[dtype]
+        few = bits in (4, (8, 4), (4, 8)) and dtype != "float32"
+        tolerance = (3.0 if few else 1.0) * TWIN[dtype]
         assert_close(y, ref, tolerance, f"{case} twin")
         if layer.la.taps:
             assert np.array_equal(to_numpy(new_tail), to_numpy(arrays[CONV])), f"{case} tail"
@@ -174,7 +176,10 @@ def test_checked_mode(T):
     compare(mixer_of(64, 2, 2, "bfloat16"), 2 if T == 1 else 1, T, 45, "bfloat16", check=True)
 
 
-@pytest.mark.parametrize("dtype,bits", [("bfloat16", 8), ("bfloat16", 4), ("float32", 4)])
+@pytest.mark.parametrize(
+    "dtype,bits",
+    [("bfloat16", 8), ("bfloat16", 4), ("float32", 4), ("bfloat16", (8, 4)), ("float32", (4, 8))],
+)
 def test_quantised_cache(dtype, bits):
     for D, T in ((64, 1), (128, 3)):
         compare(mixer_of(D, 1, 3, dtype), 1, T, 150, dtype, bits, check=D == 64)

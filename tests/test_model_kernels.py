@@ -100,7 +100,7 @@ def tokens_of(n: int, B: int = 1) -> mx.array:
     return mx.random.randint(0, CONFIG["vocab_size"], (B, n), key=mx.random.key(9))
 
 
-@pytest.mark.parametrize("bits", [None, 8, 4], ids=["plain", "8bit", "4bit"])
+@pytest.mark.parametrize("bits", [None, 8, 4, (8, 4)], ids=["plain", "8bit", "4bit", "8,4bit"])
 @pytest.mark.parametrize("sizes", [(70, 1, 3, 1), (9, 8, 1, 1)], ids=str)
 def test_model_equals_operations(host, sizes, bits):
     model, tokens = make_model(), tokens_of(sum(sizes))

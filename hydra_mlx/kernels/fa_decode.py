@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..kv_format import kv_format
 from .cost import Cost
 from .loader import Kernel, Launch, execute, few, table
 
@@ -64,36 +65,42 @@ class KeyValues:
     Attributes:
         keys, values: [B, Hk, S_alloc, D] arrays, or triples (words, scales, biases) of
             mx.quantize. S: Valid tokens, the new ones among them.
-        bits, group_size: Of the triples; None for arrays.
+        k_bits, v_bits, group_size: Of the triples; None for arrays.
     """
 
     keys: Any
     values: Any
     S: int
-    bits: int | None = None
+    k_bits: int | None = None
+    v_bits: int | None = None
     group_size: int | None = None
 
     @classmethod
     def of(cls, cache: Any) -> "KeyValues":
-        """From an mlx-lm KVCache or QuantizedKVCache that has been updated with the new tokens."""
-        bits = getattr(cache, "bits", None)
-        group = None if bits is None else cache.group_size
-        return cls(cache.keys, cache.values, int(cache.offset), bits, group)
+        """From a cache of kv_cache.py or mlx-lm that has been updated with the new tokens."""
+        found = kv_format(cache) or (None, None, None)
+        return cls(cache.keys, cache.values, int(cache.offset), *found)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether keys and values are triples."""
+        return self.k_bits is not None
 
     @property
     def parts(self) -> tuple:
         """All arrays: keys then values, one each or three."""
-        return (self.keys, self.values) if self.bits is None else (*self.keys, *self.values)
+        return (*self.keys, *self.values) if self.quantised else (self.keys, self.values)
 
     @property
     def dtype(self) -> mx.Dtype:
         """C: of the numbers, or of scales and biases."""
-        return (self.keys if self.bits is None else self.keys[1]).dtype
+        return (self.keys[1] if self.quantised else self.keys).dtype
 
     @property
-    def width(self) -> int:
-        """BITS of a number: 32, 16, 8 or 4."""
-        return self.bits or 8 * self.dtype.size
+    def widths(self) -> tuple:
+        """KBITS and VBITS, of a number: 32, 16, 8 or 4."""
+        plain = 8 * self.dtype.size
+        return (self.k_bits, self.v_bits) if self.quantised else (plain, plain)
 
     @property
     def heads(self) -> int:
@@ -108,10 +115,14 @@ class KeyValues:
     @property
     def dims(self) -> tuple:
         """Dk and Dv."""
-        if self.bits is None:
+        if not self.quantised:
             return self.keys.shape[-1], self.values.shape[-1]
-        per = 32 // self.bits
-        return self.keys[0].shape[-1] * per, self.values[0].shape[-1] * per
+        return tuple(x[0].shape[-1] * 32 // n for x, n in zip(self.pair, self.widths, strict=True))
+
+    @property
+    def pair(self) -> tuple:
+        """Keys and values, arrays or triples."""
+        return self.keys, self.values
 
     def buffers(self, other: mx.array) -> tuple:
         """Six inputs of a kernel: keys, their scales and biases, values likewise.
@@ -119,22 +130,27 @@ class KeyValues:
         Args:
             other: Stands in for scales and biases of a plain cache.
         """
-        if self.bits is None:
+        if not self.quantised:
             return (self.keys, other, other, self.values, other, other)
         return self.parts
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one key and one value."""
-        Dk, Dv = self.dims
-        extra = 0 if self.bits is None else 2 * self.dtype.size * (Dk + Dv) // self.group_size
-        return (Dk + Dv) * self.width // 8 + extra
+        (Dk, Dv), (k, v) = self.dims, self.widths
+        extra = 2 * self.dtype.size * (Dk + Dv) // self.group_size if self.quantised else 0
+        return (Dk * k + Dv * v) // 8 + extra
+
+
+def in_bits(kv: KeyValues) -> str:
+    """ "4 bits", "8 and 4 bits"."""
+    return " and ".join(map(str, dict.fromkeys(kv.widths))) + " bits"
 
 
 def check_cache(kv: KeyValues, heads: int) -> str:
     """Why the kernels cannot read this cache for `heads` FA heads, or ""."""
-    if kv.bits is not None and (kv.bits not in (4, 8) or kv.group_size not in (32, 64)):
-        return f"cache of {kv.bits} bits in groups of {kv.group_size}"
+    if kv.quantised and (not {*kv.widths} <= {4, 8} or kv.group_size not in (32, 64)):
+        return f"cache of {in_bits(kv)} in groups of {kv.group_size}"
     if kv.dtype not in DTYPES or len({x.dtype for x in kv.parts} - {mx.uint32}) != 1:
         return f"cache of type {kv.dtype}"
     if not 1 <= heads <= 32:
@@ -227,10 +243,11 @@ def score_floats(scale: float, a: float) -> mx.array:
 def tile(kv: KeyValues, R: int) -> tuple:
     """L and U of fa_decode.h for this cache and R query rows."""
     Dk, Dv = kv.dims
-    L = max(Dk, Dv) // LANE_NUMBERS[kv.width][min(R, 3) - 1]
-    while min(Dk, Dv) // L * kv.width < 32:  # a lane reads whole words
-        L //= 2
-    return L, UNROLL[kv.width][R > 2]
+    widest = max(kv.widths)  # its numbers take most registers
+    L = max(Dk, Dv) // LANE_NUMBERS[widest][min(R, 3) - 1]
+    while min(D // L * n for D, n in zip((Dk, Dv), kv.widths, strict=True)) < 32:
+        L //= 2  # a lane reads whole words
+    return L, UNROLL[widest][R > 2]
 
 
 def split_plan(
@@ -289,8 +306,9 @@ def launch(
             T, Hf, kv.heads, kv.S, kv.allocated, len(items), n, keys, offset,
         ),
         (
-            ("X", q.dtype), ("C", kv.dtype), ("BITS", kv.width), ("GROUP", kv.group_size or 1),
-            ("DK", Dk), ("DV", Dv), ("L", L), ("R", R), ("U", U), ("SG", simdgroups),
+            ("X", q.dtype), ("C", kv.dtype), ("KBITS", kv.widths[0]), ("VBITS", kv.widths[1]),
+            ("GROUP", kv.group_size or 1), ("DK", Dk), ("DV", Dv), ("L", L), ("R", R), ("U", U),
+            ("SG", simdgroups),
         ),
         (32 * simdgroups * len(items) * n * B, 1, 1),
         (32 * simdgroups, 1, 1),
@@ -414,8 +432,8 @@ def scanned_keys(template: dict, S: int, splits: int, keys: int) -> int:
 
 def scanned_bytes(template: dict, Dk: int, Dv: int) -> int:
     """Bytes loaded for a key and its value."""
-    row = (Dk + Dv) * template["BITS"] // 8
-    return row + (4 * template["L"] * template["C"].size if template["BITS"] < 16 else 0)
+    row = (Dk * template["KBITS"] + Dv * template["VBITS"]) // 8
+    return row + (4 * template["L"] * template["C"].size if template["KBITS"] < 16 else 0)
 
 
 def join_bytes(template: dict, splits: int, D: int, gate: mx.Dtype, weight: mx.Dtype) -> int:
@@ -452,7 +470,7 @@ def composed_cost(
     read = rows * Dk * (x + 4 + x) + B * kept * kv.S * kv.row_bytes
     written = rows * (Dk * (4 + x) + Dv * x)
     dispatches = 3 + kept
-    if kv.bits is not None:
+    if kv.quantised:
         scores = rows * kv.S * x
         read, written, dispatches = read + 3 * scores, written + 2 * scores, 3 + 4 * kept
     if gate is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from .cost import Cost
-from .fa_decode import KeyValues, check_queries, readers, score_floats
+from .fa_decode import KeyValues, check_queries, in_bits, readers, score_floats
 from .loader import Kernel, Launch, execute, table
 
 # A tile is 8 query rows a SIMD-group: 64 rows share each dequantised tile. A lane keeps D / 4
@@ -41,7 +41,7 @@ def eligible(q: mx.array, kv: KeyValues, kv_of_fa: tuple, mask: Any = None) -> t
         mask: Step.fa_mask, "causal" unless T is 1.
     """
     _, T, Hf, D = q.shape
-    if kv.bits is None:
+    if not kv.quantised:
         return False, "the cache is not quantised"
     why_not = check_queries(q, kv, kv_of_fa, mask)
     if why_not:
@@ -50,7 +50,7 @@ def eligible(q: mx.array, kv: KeyValues, kv_of_fa: tuple, mask: Any = None) -> t
         return False, f"head dims {D}, {kv.dims}: must be equal"
     if T * Hf >= 2**31 - 2**16:
         return False, f"{T} tokens"
-    return True, f"cache of {kv.bits} bits"
+    return True, f"cache of {in_bits(kv)}"
 
 
 @lru_cache(maxsize=64)
@@ -98,8 +98,9 @@ def launch(
             T, Hf, kv.heads, kv.S, kv.allocated, most, tiles, offset,
         ),
         (
-            ("X", q.dtype), ("C", kv.dtype), ("BITS", kv.bits), ("GROUP", kv.group_size),
-            ("D", D), ("BK", tile_keys or TILE_KEYS[D]), ("SG", simdgroups),
+            ("X", q.dtype), ("C", kv.dtype), ("KBITS", kv.k_bits), ("VBITS", kv.v_bits),
+            ("GROUP", kv.group_size), ("D", D), ("BK", tile_keys or TILE_KEYS[D]),
+            ("SG", simdgroups),
         ),
         (32 * simdgroups * tiles, len(heads_of), B),
         (32 * simdgroups, 1, 1),
@@ -138,12 +139,12 @@ def cost(call: Launch, kv_of_fa: tuple) -> Cost:
     q = call.inputs[0]
     B, T, Hf, D = q.shape
     S = call.inputs[12]
-    BK, SG, bits = t["BK"], t["SG"], t["BITS"]
+    BK, SG, words = t["BK"], t["SG"], D * (t["KBITS"] + t["VBITS"]) // 32
     heads_of, _, _ = head_table(tuple(kv_of_fa))
     rows_of_tile, tiles = 8 * SG, call.grid[0] // (32 * SG)
     lanes = 32 * SG
     read = flops = 0
-    word_bytes = 2 * (4 + 2 * t["C"].size)  # of the key and of the value
+    word_bytes = 4 + 2 * t["C"].size
     for _, heads in heads_of:
         n = len(heads)
         rows = n * T
@@ -153,7 +154,7 @@ def cost(call: Launch, kv_of_fa: tuple) -> Cost:
                 continue
             last = S - T + min(first + rows_of_tile - 1, rows - 1) // n + 1
             steps = -(-last // BK)
-            read += min(steps * BK, S) * (D * bits // 32) * word_bytes
+            read += min(steps * BK, S) * words * word_bytes
             read += lanes * (12 + D // 4 * q.itemsize)  # its head, and 2 * D / 8 numbers of q
             flops += 4 * steps * BK * rows_of_tile * D
     return Cost(B * read, q.nbytes, B * flops, 2 * BK * (D + 4) * 4, 1)

@@ -109,7 +109,7 @@ class HydraLayer:
 
 
 def cached(cache: Any) -> KeyValues | None:
-    """What a KVCache or QuantizedKVCache holds before the new tokens; None for none or nothing."""
+    """What a cache of keys and values holds before the new tokens; None for none or nothing."""
     empty = cache is None or cache.keys is None or not cache.offset
     return None if empty else KeyValues.of(cache)
 
@@ -127,7 +127,7 @@ def eligible(
 
     Args:
         layer: The layer. x: [B, T, W], output of the fused projection. ab: [B, T, 2*Hl].
-        cache: The KVCache or QuantizedKVCache, not yet updated, or None.
+        cache: Keys and values, not yet updated with the new tokens, or None.
         fa_mask, la_mask: Of Step; None and "causal" are right. lengths: ArraysCache.lengths.
     """
     ok, reason = la_decode.eligible(layer.la, x, ab, la_mask, lengths)
@@ -188,7 +188,7 @@ def launch(
         [..., 2] float32, new_k and new_v [B, Hk, T, D].
     """
     offset = la_decode.offset_array(offset)
-    kind = None if kv is None else (kv.dtype, kv.bits, kv.group_size)
+    kind = None if kv is None else (kv.dtype, kv.widths, kv.group_size)
     sizes = (simdgroups, unroll, lanes, max_rows)
     key = (x.shape, x.dtype, ab.dtype, offset.size, kind, sizes)
     plan = layer.plans.get(key)
@@ -243,9 +243,9 @@ def _plan(layer, x, ab, offset, kv, simdgroups, unroll, lanes, max_rows) -> _Pla
     D, Hf, Hk = la.D, layer.Hf, layer.Hk
     R, items, work = fa_decode.work_table(layer.kv_of_fa, T, max_rows)
     if kv is None:
-        dtype, bits, group, L, U = x.dtype, 8 * x.dtype.size, 1, D // 8, 1
+        dtype, bits, group, L, U = x.dtype, (8 * x.dtype.size,) * 2, 1, D // 8, 1
     else:
-        dtype, bits, group = kv.dtype, kv.width, kv.group_size or 1
+        dtype, bits, group = kv.dtype, kv.widths, kv.group_size or 1
         L, U = fa_decode.tile(kv, R)
         L, U = lanes or L, unroll or U
     norms = tuple(absent(mx.float32) if w is None else w for w in (layer.q_norm, layer.k_norm))
@@ -259,8 +259,8 @@ def _plan(layer, x, ab, offset, kv, simdgroups, unroll, lanes, max_rows) -> _Pla
         template=(
             *la_decode.la_template(la, x, ab, offset), ("FQ", norms[0].dtype),
             ("FK", norms[1].dtype), ("FA_NORM", int(layer.q_norm is not None)),
-            ("FA_ROPE", int(layer.fa_rope)), ("C", dtype), ("BITS", bits), ("GROUP", group),
-            ("L", L), ("R", R), ("U", U), ("SG", simdgroups),
+            ("FA_ROPE", int(layer.fa_rope)), ("C", dtype), ("KBITS", bits[0]),
+            ("VBITS", bits[1]), ("GROUP", group), ("L", L), ("R", R), ("U", U), ("SG", simdgroups),
         ),
         fixed_threads=32 * simdgroups * B * (la.heads + Hk),
         split_threads=32 * simdgroups * B * len(items),
