@@ -10,7 +10,9 @@ replaying the same calls is what makes a return to an earlier position exact; se
 """
 
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
@@ -34,12 +36,24 @@ class Checkpoint:
     Attributes:
         position: Tokens read. line: Its place on the grid, None between lines. marked: Asked for.
         slots: ((conv tail, state), ...) in the order of the cache list.
+        check: Of slots that come from a file: raises if it has changed under them.
     """
 
     position: int
     line: int | None
     marked: bool
     slots: tuple
+    check: Callable | None = None
+
+    def read(self):
+        """Have the slots in memory, as they were kept.
+
+        Raises:
+            CacheError: The file they come from has changed.
+        """
+        mx.eval(self.slots)
+        if self.check is not None:
+            self.check()
 
     @property
     def nbytes(self) -> int:
@@ -76,14 +90,14 @@ class Checkpoints:
 
     @classmethod
     def within(
-        cls, args: HydraArgs, budget: int, context: int, step: int = 512, dtype="float32",
-        itemsize: int = 2,
+        cls, args: HydraArgs, budget: int, context: int | None = None, step: int = 512,
+        dtype="float32", itemsize: int = 2,
     ) -> "Checkpoints":  # fmt: skip
         """Checkpoints that take at most `budget` bytes at any length.
 
         One is the latest state, float32. Of the others a quarter, at most MARKS, is for marks, the
-        rest is M. N is `step`, halved down to FINEST as long as an even grid over `context` tokens
-        needs no thinning.
+        rest is M. N is `step`; where a context is given, halved down to FINEST as long as an even
+        grid over so many tokens needs no thinning.
 
         Args:
             step: Tokens of a prefill call. itemsize: Bytes of a conv tail's number.
@@ -101,10 +115,20 @@ class Checkpoints:
                 f"{size(budget)} for checkpoints, but one takes {size(one)}.",
                 f"Give {size(latest + 2 * one)} or more, or keep them as bfloat16.",
             )
-        every = step
-        while every % 2 == 0 and every // 2 >= FINEST and context <= every // 2 * (most // 2):
+        every, even = step, most // 2
+        while context and every % 2 == 0 and every // 2 >= FINEST and context <= every // 2 * even:
             every //= 2
         return cls(every, most, marks, dtype)
+
+    @property
+    def held(self) -> tuple:
+        """The Checkpoints kept, by position; not the latest state."""
+        return tuple(self._held)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the latest state is known; not while a rollback is under way."""
+        return self._latest is not None
 
     @property
     def positions(self) -> list:
@@ -117,12 +141,20 @@ class Checkpoints:
         latest = sum(x.nbytes for pair in self._latest or () for x in pair if x is not None)
         return latest + sum(c.nbytes for c in self._held)
 
-    def note(self, cache: list, mark: bool = False):
+    def most_bytes(self, model: Any, tokens: int) -> int:
+        """What they may take at a length."""
+        itemsize = model.model.norm.weight.dtype.size
+        n = min(tokens // self.grid.every, self.grid.most) + self.marks
+        one, latest = (checkpoint_bytes(model.args, d, itemsize) for d in (self.dtype, "float32"))
+        return n * one + latest
+
+    def note(self, cache: list, mark: bool = False, rejected: Sequence = ()):
         """Say that a forward call is done; keeps a checkpoint where one is due.
 
         Args:
             cache: The sequence's cache, noted since it was empty. mark: Keep this position,
-                whether or not on the grid.
+                whether or not on the grid. rejected: Ids that the call had beyond those that the
+                cache holds now (trial.py).
 
         Raises:
             CacheError: The cache is shorter than at the last note.
@@ -133,10 +165,12 @@ class Checkpoints:
                 f"The cache holds {now} tokens, but its checkpoints go to {before}.",
                 "Use rollback to go back.",
             )
+        slots = slots_of(cache)
         if now > before:
-            self.calls.add(now - before)
+            self._latest = None  # broken off in the next lines, nothing but a replay is right
+            self.calls.add(now - before, rejected)
             self.furthest = max(self.furthest, now)
-        self._latest = slots_of(cache)
+        self._latest = slots
         # A call over several lines stands for the one that thinning keeps longest.
         line = max(range(before // N + 1, now // N + 1), key=level_of, default=None)
         if now == 0 or not (mark or line is not None):
@@ -146,6 +180,21 @@ class Checkpoints:
         else:
             self._held.append(Checkpoint(now, line, mark, self._stored()))
         self._thin()
+
+    def adopt(self, tokens: int, cache: list):
+        """Begin with a cache whose calls are unknown: they count as calls of N tokens.
+
+        Raises:
+            CacheError: Something was noted before.
+        """
+        if self.calls.end:
+            raise CacheError(f"The checkpoints go to {self.calls.end}, expected new ones.")
+        for _ in range(tokens // self.grid.every):
+            self.calls.add(self.grid.every)
+        if tokens % self.grid.every:
+            self.calls.add(tokens % self.grid.every)
+        self.furthest = tokens
+        self._latest = slots_of(cache)
 
     def _stored(self) -> tuple:
         dtype = DTYPES[self.dtype]
@@ -184,6 +233,24 @@ class Checkpoints:
         pairs = zip(slots_of(cache), self._latest, strict=True)
         moved = [a is not b for now, then in pairs for a, b in zip(now, then, strict=True)]
         return any(moved), bool(moved) and all(moved)
+
+    def resume(self, calls: Calls, furthest: int, held: Sequence, cache: list):
+        """Take up what was kept, of other checkpoints with the same grid, beside this cache.
+
+        Raises:
+            CacheError: The parts contradict each other.
+        """
+        at, end = [c.position for c in held], cached_tokens(cache)
+        slots = slots_of(cache)
+        shapes = {tuple(None if x is None else x.shape for x in p) for p in slots}
+        kept = {tuple(None if x is None else x.shape for x in p) for c in held for p in c.slots}
+        fits = all(len(c.slots) == len(slots) for c in held) and kept <= shapes
+        if not (fits and at == sorted({*at}) and all(0 < n <= end for n in at)):
+            raise CacheError("The checkpoints do not fit the cache.")
+        if calls.end != end or furthest < end:
+            raise CacheError(f"The checkpoints go to {calls.end}, but the cache to {end}.")
+        self.calls, self.furthest, self._held = calls, furthest, list(held)
+        self._latest = slots
 
     def bound(self, position: int, call: int = 0) -> int:
         """Grid.bound for this sequence."""

@@ -200,9 +200,9 @@ def check_target(path: Path):
 class Meter:
     """Progress with the time left: a bar on a terminal, now and then a line elsewhere."""
 
-    def __init__(self, label: str, quiet: bool, every_s: float = 30.0):
-        self.quiet, self.every_s = quiet, every_s
-        self._stack = progress(label, not quiet, "steps")
+    def __init__(self, label: str, quiet: bool, every_s: float = 30.0, unit: str = "steps"):
+        self.quiet, self.every_s, self.unit = quiet, every_s, unit
+        self._stack = progress(label, not quiet, unit)
         self._start = self._shown = time.perf_counter()
         self._first: int | None = None
 
@@ -226,7 +226,7 @@ class Meter:
         left = (
             f", about {(total - done) / speed / 60:.0f} min left" if speed and done < total else ""
         )
-        say(f"{label}: {done} of {total} steps{left}")
+        say(f"{label}: {done:,} of {total:,} {self.unit}{left}")
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import cli, prompts, sampling, stats
+from . import checkpoint_options, cli, draft_flags, prompt_list, prompts, sampling, stats
 from .errors import CheckpointError, UsageError
 from .text import count, first_line, read_prompt
 
@@ -25,10 +25,12 @@ piped text come first, the prompt after them, a blank line between. Nothing is u
 --prompt-cache FILE: made if absent; otherwise what the model has read is taken from it, and it is
   updated after the run. It belongs to one model, dtype and adapter, is checked byte by byte, and
   is never left half written. With a chat template the prompt is the next turn of the conversation
-  in the file. Without one the prompt must begin with the text in the file (prompt and reply).
-  Otherwise the run ends before any work and the file stays as it is, unless
-  --prompt-cache-overwrite. To ask many questions about one text: make the file with -m 0, then
-  use it with --prompt-cache-ro. End the name in .safetensors and mlx_lm can read it too.
+  in the file. Without one it is a new version of the text in the file: what both begin with is kept
+  as far back as there is a checkpoint, the rest is read anew, and the file has the new text then.
+  A prompt that shares less than a tenth of the file's tokens is refused before any work and the
+  file stays as it is, unless --prompt-cache-overwrite. To ask many questions about one text: make
+  the file with `hydra-mlx cache read`, then use it with --prompt-cache-ro. End the name in
+  .safetensors and mlx_lm can read it too.
 
 --kv-bits 4 keeps keys and values in 4 bits instead of 16, --kv-bits 8,4 keys in 8 and values in 4.
   What it takes and what it costs in quality is in docs/cache.md. A prompt of 8,192 tokens or more
@@ -135,10 +137,13 @@ def build_parser() -> cli.Parser:
     cache.add_argument(
         "--prefill-step-size",
         type=cli.number(int, 1),
-        default=2048,
         metavar="N",
-        help="prompt tokens at a time; smaller needs less memory (default 2048)",
+        help="prompt tokens at a time, at most; smaller needs less memory (default 2048, or 512 "
+        "with checkpoints)",
     )
+    checkpoint_options.add_flags(cache)
+    draft_flags.add_flags(p)
+    prompt_list.add_flags(p)
     stats.add_flags(p)
     for flags, reason in _REFUSED.items():
         p.add_argument(*flags.split(), action=cli.Refuse, reason=reason)
@@ -147,8 +152,6 @@ def build_parser() -> cli.Parser:
 
 _REFUSED = {
     "--max-kv-size": "recurrent state cannot forget single tokens. Use --max-context or --kv-bits.",
-    "--draft-model": "speculative decoding needs to take tokens back, hybrid models cannot yet.",
-    "--num-draft-tokens": "speculative decoding is not there for hybrid models yet.",
     "--image": "HydraHead models read text only.",
     "--trust-remote-code": "no code of a model folder is ever run; leave it out.",
     "--quantize-activations -qa": "only weights, keys and values can be quantised.",
@@ -173,14 +176,26 @@ def check_flags(args: argparse.Namespace):
         UsageError: The first such flag.
     """
     stats.resolve(args)
+    draft_flags.check(args)
+    prompt_list.check(args)
     for name in ("kv_group_size", "quantized_kv_start"):
         if getattr(args, name) is not None and args.kv_bits is None:
             raise UsageError(f"{sampling.flag(name)} has no effect without --kv-bits.")
-    for name in ("prompt_cache_ro", "prompt_cache_overwrite"):
-        if getattr(args, name) and args.prompt_cache is None:
+    for name in (
+        "prompt_cache_ro",
+        "prompt_cache_overwrite",
+        "checkpoints",
+        "checkpoint_dtype",
+    ):
+        if getattr(args, name) not in (None, False) and args.prompt_cache is None:
             raise UsageError(f"{sampling.flag(name)} has no effect without --prompt-cache FILE.")
     if args.prompt_cache_ro and args.prompt_cache_overwrite:
         raise UsageError("--prompt-cache-ro and --prompt-cache-overwrite exclude each other.")
+    for name in ("checkpoints", "checkpoint_dtype"):
+        if getattr(args, name) is not None and args.prompt_cache_ro:
+            raise UsageError(
+                f"{sampling.flag(name)} has no effect with --prompt-cache-ro: the file's are used."
+            )
     if args.ignore_chat_template and args.use_default_chat_template:
         raise UsageError(
             "--ignore-chat-template and --use-default-chat-template exclude each other."
@@ -214,6 +229,9 @@ def work(args: argparse.Namespace) -> int:
     """Do what the flags say; returns the exit code."""
     check_flags(args)
     options = sampling.from_args(args)
+    points = checkpoint_options.from_args(
+        args, bool(args.prompt_cache) and not args.prompt_cache_ro
+    )
     chat = prompts.ChatOptions(
         template=not args.ignore_chat_template,
         default_template=args.use_default_chat_template,
@@ -222,7 +240,8 @@ def work(args: argparse.Namespace) -> int:
         config=prompts.parse_template_config(args.chat_template_config),
     )
     given = [*args.prompt, *([] if args.prompt_flag is None else [args.prompt_flag])]
-    prompt = read_prompt(given, args.file)
+    many = args.prompts is not None
+    texts = prompt_list.read(args, given) if many else [read_prompt(given, args.file)]
     note: Callable = (lambda line: None) if args.quiet else cli.say
 
     from . import loading
@@ -236,76 +255,86 @@ def work(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     tokenizer = loading.load_tokenizer(folder)
     prompts.add_end_tokens(tokenizer, args.extra_eos_token)
-    request = prompts.plan(args, prompt, chat, tokenizer, loading.read_config(folder), note)
+    config = loading.read_config(folder)
+    requests = [prompts.plan(args, text, chat, tokenizer, config, note) for text in texts]
+    draft = draft_flags.load_draft(args, tokenizer)
     model = loading.load_model(folder, args.dtype, check=args.check_weights)
     if args.adapter_path is not None:
         load_adapters(model, args.adapter_path)
     load_s = time.perf_counter() - start
-    return reply(args, options, tokenizer, model, request, load_s, note)
+    if many:
+        return prompt_list.reply(args, options, tokenizer, model, requests, note)
+    drafts, request = draft_flags.make(args, model, draft), requests[0]
+    start = time.perf_counter()
+    sequence = request.make_sequence(model, points, note, args.quantized_kv_start or 0)
+    load_s += time.perf_counter() - start
+    return reply(args, options, tokenizer, sequence, request, load_s, note, drafts)
 
 
-def plan_memory(args: argparse.Namespace, model: Any, request: Any, cache: list, note: Callable):
+def plan_memory(args: argparse.Namespace, sequence: Any, request: Any, note: Callable):
     """Say what a long prompt takes in memory.
 
     Raises:
         UsageError: Prompt and reply do not fit.
     """
     from .cache import cache_bytes
-    from .generation import REPLY_ROOM, is_hydra
+    from .generation import REPLY_ROOM, is_hydra, prefill_step
     from .machine import machine
     from .memory_plan import check, plan_of
 
+    model = sequence.model
     if not is_hydra(model):
         return
     reply_tokens = REPLY_ROOM if request.max_tokens == -1 else request.max_tokens
-    tokens, few = len(request.cached) + len(request.rest) + reply_tokens, None
+    tokens, few = len(request.ids) + reply_tokens, None
     if request.kv_bits is not None and not args.quantized_kv_start:
         bits = request.kv_bits
         few = (*(bits if isinstance(bits, tuple) else (bits, bits)), request.kv_group_size)
-    plan = plan_of(model, tokens, args.prefill_step_size, few)
-    check(plan, machine(), len(request.rest), note, sum(cache_bytes(cache)))
+    points = sequence.checkpoints.most_bytes(model, tokens) if sequence.keeps_checkpoints else 0
+    plan = plan_of(model, tokens, prefill_step(sequence, args.prefill_step_size), few, points)
+    check(plan, machine(), len(request.ids) - request.kept, note, sum(cache_bytes(sequence.cache)))
 
 
 def reply(
     args: argparse.Namespace,
     options: sampling.SamplingOptions,
     tokenizer: Any,
-    model: Any,
+    sequence: Any,
     request: Any,
     load_s: float,
     note: Callable,
+    drafts: Any = None,
 ) -> int:
     """Generate, print, save the prompt cache, print the figures; returns the exit code."""
     from .generation import stream_generate
     from .kv_cache import kv_format
 
+    model = sequence.model
     if sampling.vocab_size(model) is not None:
         options.check_vocab(sampling.vocab_size(model))
-    cache = request.make_cache(model)
     if not args.no_memory_plan:
-        plan_memory(args, model, request, cache, note)
+        plan_memory(args, sequence, request, note)
     sampler, processors = options.make(tokenizer)
     seed = options.apply_seed()
     out, tokens = cli.Reply(), []
-    show = not args.quiet and len(request.rest) > 512
+    rest = len(request.ids) - request.kept
+    show = not args.quiet and rest > 512
     with cli.Interrupt() as interrupt, contextlib.ExitStack() as stack:
         bar = stack.enter_context(cli.progress("prompt", show, "tokens"))
         for part in stream_generate(
             model,
             tokenizer,
-            request.rest,
+            request.ids,
             max_tokens=request.max_tokens,
             sampler=sampler,
             logits_processors=processors,
-            prompt_cache=cache,
             prefill_step_size=args.prefill_step_size,
-            kv_bits=request.kv_bits,
-            kv_group_size=request.kv_group_size,
-            quantized_kv_start=args.quantized_kv_start or 0,
             stop=args.stop,
             progress=lambda done, total: bar("prompt", done, total),
             should_stop=lambda: interrupt() or out.broken,
-            cached_tokens=request.cached,
+            sequence=sequence,
+            drafts=drafts,
+            law=options.law(tokenizer),
         ):
             stack.close()
             if part.token is not None:
@@ -315,9 +344,9 @@ def reply(
         if tokens:
             out.write("\n")
         if part.finish_reason == "interrupt" and not out.broken:
-            done = f"{timings.processed_tokens:,} of {count(len(request.rest), 'prompt token')}"
+            done = f"{timings.processed_tokens:,} of {count(rest, 'prompt token')}"
             note(f"Interrupted after {count(len(tokens), 'token') if tokens else done}.")
-        if args.kv_bits and not any(map(kv_format, cache)):
+        if args.kv_bits and not any(map(kv_format, sequence.cache)):
             cli.say("--kv-bits had no effect: --quantized-kv-start was not reached.")
         if args.prompt_cache is not None and not args.prompt_cache_ro:
             n = request.save(
@@ -325,12 +354,15 @@ def reply(
                 args.model or "the default model",
                 model,
                 tokenizer,
-                cache,
+                sequence,
                 tokens,
-                timings.processed_tokens,
                 args.prefill_response or "",
             )
-            note(f"{args.prompt_cache} holds {count(n, 'token')}." if n else "Nothing to save.")
+            note(
+                f"{args.prompt_cache} holds {count(n, 'token')}."
+                if n
+                else f"Nothing to save: {args.prompt_cache} is as it was."
+            )
     if args.stats != "off":
         device, blas = stats.backend()
         weights = getattr(model, "load_report", None) and model.load_report.weights

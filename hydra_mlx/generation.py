@@ -1,4 +1,4 @@
-"""The reply, token by token: mlx-lm's loop with stop strings, interrupts and checked arguments.
+"""The reply, token by token: a CachedSequence's, with stop strings and checked arguments.
 
 However stream_generate ends, the cache holds the prompt and the tokens yielded, no more; after an
 interrupt during the prompt its first Timings.processed_tokens tokens.
@@ -12,22 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
-from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import cache as caches
+from .checkpoints import Checkpoints
 from .config import HydraArgs
 from .errors import UsageError
 from .kv_cache import BITS, GROUP_SIZES, HydraKVCache, in_words, kv_format
 from .layer_kernels import summary
 from .sampling import prompt_ids
+from .sequence import CachedSequence
 from .stats import Timings
 from .text import StopMatcher
 
 # Tokens of a reply that room is made for before it begins; a quarter of a longer prompt.
 REPLY_ROOM = 1024
+PREFILL_STEP = 2048
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,6 @@ class Part:
     timings: Timings | None = None
 
 
-class _Stopped(Exception):
-    """Raised between prefill steps, where every layer's cache is at the same token."""
-
-
 def stream_generate(
     model: Any,
     tokenizer: Any,
@@ -59,7 +57,7 @@ def stream_generate(
     sampler: Callable | None = None,
     logits_processors: list | None = None,
     prompt_cache: list | None = None,
-    prefill_step_size: int = 2048,
+    prefill_step_size: int | None = None,
     kv_bits: int | tuple | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 0,
@@ -67,6 +65,9 @@ def stream_generate(
     progress: Callable | None = None,
     should_stop: Callable | None = None,
     cached_tokens: Sequence = (),
+    sequence: CachedSequence | None = None,
+    drafts: Any = None,
+    law: Callable | None = None,
 ) -> Iterator[Part]:
     """Generate a reply; yields a Part for each token.
 
@@ -77,13 +78,18 @@ def stream_generate(
         sampler: log-probabilities [1, V] -> token [1]; None takes the likeliest.
         logits_processors: Each (tokens [T], logits [1, V]) -> logits.
         prompt_cache: From model.make_cache(), extended in place; None makes one.
-        prefill_step_size: Prompt tokens that go through the model at once.
+        prefill_step_size: Prompt tokens that go through the model at once, at most; None is 2048,
+            or what lies between a sequence's checkpoints.
         kv_bits: 2, 3, 4, 5, 6 or 8 quantises keys and values, in groups of kv_group_size, once the
             cache holds quantized_kv_start tokens; (8, 4) is 8 for keys and 4 for values.
         stop: The reply ends before the first of these strings.
         progress: Called with (prompt tokens done, all) after each prefill step.
         should_stop: Asked between prefill steps and between tokens; True ends the reply.
         cached_tokens: Ids of what prompt_cache holds, for penalties that look back.
+        sequence: Instead of prompt_cache: the prompt is then the whole one, of which the sequence
+            keeps what it can, going back as far as needed.
+        drafts: LookupDrafts or ModelDrafts for speculative decoding (speculative.py); processors
+            must then depend on their arguments alone. law: SamplingOptions.law, with ModelDrafts.
 
     Raises:
         UsageError: At once, for arguments that cannot be honoured.
@@ -92,80 +98,123 @@ def stream_generate(
         tokenizer = TokenizerWrapper(tokenizer)
     if max_tokens < -1:
         raise UsageError(f"max_tokens is {max_tokens}, expected 0 or more, or -1 for no limit.")
-    if prefill_step_size < 1:
+    if prefill_step_size is not None and prefill_step_size < 1:
         raise UsageError(f"prefill_step_size is {prefill_step_size}, expected 1 or more.")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stops:
         raise UsageError("A stop string is empty, which would end every reply at once.")
     ids = prompt_ids(model, tokenizer, prompt)
-    if prompt_cache is None:
-        prompt_cache = make_prompt_cache(model)
+    whole = sequence is not None
+    if sequence is None:
+        sequence = make_sequence(
+            model, prompt_cache, cached_tokens, None, kv_bits, kv_group_size, quantized_kv_start
+        )
+    elif prompt_cache is not None or len(cached_tokens) or kv_bits is not None:
+        raise UsageError("A sequence has a cache, its tokens and its kv-bits: give no others.")
+    elif sequence.model is not model:
+        raise UsageError("The sequence belongs to another model.")
+    step = prefill_step(sequence, prefill_step_size)
+    run = _Run(sequence, ids, whole, tokenizer, StopMatcher(stops), progress, should_stop)
+    run.drafts = drafts
+
+    def reply(rest: list) -> Iterator[int]:
+        return sequence.generate(
+            rest,
+            max_tokens,
+            sampler,
+            logits_processors,
+            step,
+            run.between,
+            run.should_stop,
+            drafts,
+            law,
+        )
+
+    return run.parts(reply, max_tokens)
+
+
+def make_sequence(
+    model: Any,
+    cache: list | None = None,
+    tokens: Sequence = (),
+    checkpoints: Checkpoints | None = None,
+    kv_bits: int | tuple | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 0,
+) -> CachedSequence:
+    """A CachedSequence whose keys and values are kept as asked.
+
+    Args:
+        cache, tokens, checkpoints: As in CachedSequence. Others: as in stream_generate.
+
+    Raises:
+        UsageError: kv_bits that cannot be honoured. CacheError: Parts that do not agree.
+    """
+    cache = make_prompt_cache(model) if cache is None else cache
     if kv_bits is not None:
-        check_kv_bits(model, prompt_cache, kv_bits, kv_group_size, quantized_kv_start)
-        if quantized_kv_start == 0:
-            _quantise(model, prompt_cache, kv_bits, kv_group_size)
-    if is_hydra(model):
-        room = min(max(max_tokens, 0), max(REPLY_ROOM, len(ids) // 4))
-        caches.own_cache(prompt_cache, held_tokens(prompt_cache) + len(ids) + room)
-    if logits_processors and len(cached_tokens):
-        before = mx.array(np.asarray(cached_tokens, np.int32))
-        logits_processors = [_looking_back(p, before) for p in logits_processors]
-    run = _Run(prompt_cache, len(ids), tokenizer, StopMatcher(stops), progress, should_stop)
-    steps = generate_step(
-        mx.array(ids),
-        model,
-        max_tokens=max_tokens,
-        sampler=sampler,
-        logits_processors=logits_processors,
-        prompt_cache=prompt_cache,
-        prefill_step_size=prefill_step_size,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        quantized_kv_start=quantized_kv_start,
-        prompt_progress_callback=run.between,
-    )
-    return run.parts(steps, max_tokens, model)
+        check_kv_bits(model, cache, kv_bits, kv_group_size, quantized_kv_start)
+
+    def kv(cache: list):
+        if is_hydra(model):
+            caches.own_cache(cache)
+        if kv_bits is not None and held_tokens(cache) >= quantized_kv_start:
+            _quantise(model, cache, kv_bits, kv_group_size)
+
+    return CachedSequence(model, checkpoints, cache, tokens, kv)
 
 
-def _looking_back(process: Callable, before: mx.array) -> Callable:
-    return lambda tokens, logits: process(mx.concatenate([before, tokens]), logits)
+def prefill_step(sequence: CachedSequence, asked: int | None = None) -> int:
+    """Tokens of a prefill call at most: what was asked for, within the checkpoints' grid."""
+    every = sequence.checkpoints.grid.every if sequence.keeps_checkpoints else None
+    step = asked or every or PREFILL_STEP
+    return min(step, every or step)
 
 
 class _Run:
     """One reply: the loop and what is counted in it."""
 
-    def __init__(self, cache, total, tokenizer, matcher, progress, should_stop):
-        self.cache, self.total, self.tokenizer, self.matcher = cache, total, tokenizer, matcher
+    def __init__(self, sequence, ids, whole, tokenizer, matcher, progress, should_stop):
+        self.sequence, self.ids, self.whole = sequence, ids, whole
+        self.tokenizer, self.matcher = tokenizer, matcher
         self.progress = progress or (lambda done, total: None)
         self.should_stop = should_stop or (lambda: False)
-        self.held = held_tokens(cache)
-        self.processed = self.generated = 0
+        self.held = self.total = self.processed = self.generated = 0
         self.start = self.first = self.last = None
+        self.drafts = None
 
     def between(self, done: int, total: int):
-        """generate_step's callback. At done == total a token is under way: too late to stop."""
+        """After each call of the prompt, and with done == total when the first token is there."""
         self.processed = done
         self.progress(done, total)
-        if done < total and self.should_stop():
-            raise _Stopped
 
-    def parts(self, steps: Iterator, max_tokens: int, model: Any) -> Iterator[Part]:
+    def begin(self, max_tokens: int) -> list:
+        """What is left to read."""
+        sequence, ids = self.sequence, self.ids
+        self.held = sequence.fit(ids) if self.whole else len(sequence)
+        rest = ids[self.held :] if self.whole else ids
+        self.total = len(rest)
+        if is_hydra(sequence.model):
+            room = min(max(max_tokens, 0), max(REPLY_ROOM, len(rest) // 4))
+            caches.own_cache(sequence.cache, self.held + len(rest) + room)
+        return rest
+
+    def parts(self, reply: Callable, max_tokens: int) -> Iterator[Part]:
         detokenizer = self.tokenizer.detokenizer
         ends = self.tokenizer.eos_token_ids
-        reason = None
+        model, reason = self.sequence.model, None
         with contextlib.ExitStack() as stack:
             with contextlib.redirect_stdout(sys.stderr):  # it warns on stdout, the reply's place
                 stack.enter_context(wired_limit(model, [generation_stream]))
-            stack.enter_context(contextlib.closing(steps))
             self.start = time.perf_counter()
+            steps = stack.enter_context(contextlib.closing(reply(self.begin(max_tokens))))
             while reason is None:
                 token = None
-                try:
-                    if self.should_stop():
-                        raise _Stopped
-                    token = next(steps, (None, None))[0]
-                except _Stopped:
+                if self.should_stop():
                     reason = "interrupt"
+                else:
+                    token = next(steps, None)
+                    if token is None and self.processed < self.total:
+                        reason = "interrupt"
                 self._tick(token, reason)
                 if token is None:
                     reason = reason or "length"
@@ -197,7 +246,9 @@ class _Run:
     def timings(self, reason: str, kernels: str | None) -> Timings:
         prompt_s = None if self.first is None else self.first - self.start
         reply_s = None if self.generated < 2 else self.last - self.first
-        kv, state = caches.cache_bytes(self.cache)
+        kv, state = caches.cache_bytes(self.sequence.cache)
+        tally = None if self.drafts is None else self.drafts.tally
+        passes = (None,) * 3 if tally is None else (tally.passes, tally.drafted, tally.accepted)
         return Timings(
             prompt_tokens=self.held + self.total,
             cached_tokens=self.held,
@@ -210,9 +261,12 @@ class _Run:
             peak_memory_bytes=mx.get_peak_memory(),
             kv_bytes=kv,
             state_bytes=state,
-            kv=caches.describe(self.cache),
+            kv=caches.describe(self.sequence.cache),
             finish_reason=reason,
             kernels=kernels,
+            passes=passes[0],
+            drafted_tokens=passes[1],
+            accepted_tokens=passes[2],
         )
 
 
@@ -224,7 +278,7 @@ def generate(
     sampler: Callable | None = None,
     logits_processors: list | None = None,
     prompt_cache: list | None = None,
-    prefill_step_size: int = 2048,
+    prefill_step_size: int | None = None,
     kv_bits: int | tuple | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 0,

@@ -1,15 +1,16 @@
 """Prompt cache files: what the model has read, kept so that it need not be read again.
 
-A file is what mlx_lm.models.cache.save_prompt_cache writes (and load_prompt_cache reads), with
-more metadata: the token ids, the text and the conversation they stand for, a fingerprint of the
-model, and a SHA-256 of the whole file. A file is replaced in one step or not at all.
+A file holds the cache, its checkpoints, the token ids, the text and the conversation they stand
+for, and a fingerprint of the model. It is checked byte by byte when it is opened (cache_file.py),
+its arrays are read when they are first used, and it is replaced in one step or not at all.
+
+Where all parts of the cache are mlx-lm's own classes and the name ends in .safetensors,
+mlx_lm.models.cache.load_prompt_cache reads it too: it passes over what comes after the cache.
 """
 
 import hashlib
 import json
 import os
-import re
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,20 +18,20 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 from mlx_lm.models import cache as stock
 
-from .cache import as_stock
-from .errors import CacheError, UsageError
+from .cache_file import AGAIN, FORMAT, CacheFile, own_metadata
+from .cache_parts import pack, pack_checkpoints, unpack, unpack_checkpoints
+from .cache_write import write_cache_file
+from .checkpoints import Checkpoints
+from .errors import CacheError, HydraError, UsageError
 from .kv_cache import HydraKVCache
-from .prompts import SAME
+from .rollback import common_prefix
 from .text import first_line
 
-FORMAT = "1"
-MAX_HEADER = 100_000_000  # the limit of the safetensors format
+KV = (HydraKVCache, stock.QuantizedKVCache)  # what may stand where a model makes a KVCache
 SAMPLES = 16  # values of each parameter that go into a model's fingerprint
-_DIGEST = re.compile(rb'"0\.hydra_sha256":\s*"([0-9a-f]{64})"')
-_AGAIN = "Delete the file, or start anew with --prompt-cache-overwrite."
 
 
 @dataclass
@@ -43,6 +44,11 @@ class StoredCache:
             interrupt while the prompt was read.
         messages: The conversation up to and with the last reply; None for plain text.
         fingerprint: See fingerprint(). label: The model in words, for messages.
+        checkpoints: Beside the cache; None where none were kept.
+        open_turn: Whether the last message, the user's, goes on with the next prompt: a document
+            that is to be followed by a question.
+        wanted: Tokens of the document that was to be read; 0 if it is whole.
+        file: Where the arrays come from; see read().
     """
 
     cache: list
@@ -53,6 +59,10 @@ class StoredCache:
     fingerprint: str
     label: str = ""
     path: Path = field(default_factory=Path)
+    checkpoints: Checkpoints | None = None
+    open_turn: bool = False
+    wanted: int = 0
+    file: CacheFile | None = None
 
     def match(self, text: str, whole: list, encode_rest: Callable) -> tuple:
         """Fit a new prompt to what is stored.
@@ -62,18 +72,25 @@ class StoredCache:
             encode_rest: Encodes what follows the stored text.
 
         Returns:
-            (ids of the whole prompt, how many of them the cache holds, why none of them).
+            (ids of the whole prompt, how many of them are also the first stored ones).
         """
-        n = len(self.tokens)
         ids = whole
-        if whole[:n] != self.tokens and self.text and text.startswith(self.text):
+        if whole[: len(self.tokens)] != self.tokens and self.text and text.startswith(self.text):
             # The model's own tokens stay, even where its text would be encoded another way.
             ids = self.tokens[: self.text_tokens] + encode_rest(text[len(self.text) :])
-        if ids[:n] != self.tokens:
-            return whole, 0, "it begins differently"
-        if len(ids) == n:
-            return whole, 0, SAME
-        return ids, n, ""
+        return ids, common_prefix(ids, self.tokens)
+
+    def read(self):
+        """Have the arrays of the cache in memory, as they were when the file was checked.
+
+        Those of a checkpoint follow when it is used; see Checkpoint.read.
+
+        Raises:
+            CacheError: The file has changed since.
+        """
+        mx.eval([c.state for c in self.cache])
+        if self.file is not None:
+            self.file.unchanged()
 
 
 def fingerprint(model: Any) -> str:
@@ -110,78 +127,56 @@ def save_cache(path: str | os.PathLike, stored: StoredCache):
     """Write a prompt cache file; an older one is replaced only when the new one is whole.
 
     Raises:
-        CacheError: It cannot be written; an older file is as it was.
+        CacheError: It cannot be written, or its checkpoints are not of this moment; an older file
+            is as it was.
     """
-    target = Path(path).expanduser().resolve()
-    part = target.with_name(f".{target.name}.{os.getpid()}.safetensors")
-    metadata = {
-        "hydra_format": FORMAT,
-        "hydra_sha256": "0" * 64,
-        "hydra_fingerprint": stored.fingerprint,
-        "hydra_tokens": json.dumps(stored.tokens),
-        "hydra_text": json.dumps([stored.text_tokens, stored.text]),
-        "hydra_messages": json.dumps(stored.messages),
-        "model": stored.label,  # this and the next are for mlx_lm.generate
-        "tokenizer_config": "{}",
+    arrays, classes, scalars, ours = pack(stored.cache)
+    n, points, values = len(classes), stored.checkpoints, None
+    ids = np.asarray(stored.tokens, np.int32)
+    parts = {
+        "tokens": ids,
+        "text": _raw(stored.text),
+        "messages": _raw(json.dumps(stored.messages)),
     }
-    try:
-        stock.save_prompt_cache(str(part), as_stock(stored.cache), metadata)
-        digest, where = _digest(part)
-        if where is None:
-            raise CacheError("The header has no place for the checksum.")
-        with part.open("r+b") as f:
-            f.seek(where)
-            f.write(digest.encode())
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(target)
-        _sync_folder(target.parent)
-    except (OSError, RuntimeError, ValueError, CacheError) as e:
-        raise CacheError(
-            f"The prompt cache {target} cannot be written ({first_line(e)}).",
-            "An older file there is unchanged.",
-        ) from e
-    finally:
-        part.unlink(missing_ok=True)
+    more = [(name, mx.array(x)) for name, x in parts.items()]
+    if points is not None:
+        if points.calls.end != len(ids) or points.moved(stored.cache)[0]:
+            raise CacheError(
+                f"The checkpoints go to {points.calls.end}, but {len(ids)} tokens are to be saved.",
+                "Call note after each forward call.",
+            )
+        kept, values = pack_checkpoints(points)
+        more += [(f"points.{name}", x) for name, x in kept]
+    own = {
+        "format": FORMAT,
+        "fingerprint": stored.fingerprint,
+        "text_tokens": stored.text_tokens,
+        "open_turn": stored.open_turn,
+        "wanted": stored.wanted,
+        "checkpoints": values,
+        "ours": ours,
+    }
+    # The last two are for mlx_lm.generate.
+    mine = {"hydra": json.dumps(own), "model": stored.label, "tokenizer_config": "{}"}
+    metadata = dict(tree_flatten([mine, classes, ["", *scalars]]))
+
+    def ready():
+        stored.read()
+        for c in () if points is None else points.held:
+            c.read()
+
+    # After the cache's n entries, where mlx-lm's loader does not look.
+    arrays += [(f"{n}.{name}", x) for name, x in more]
+    arrays.sort(key=lambda a: a[1].nbytes)  # what `cache info` reads is in the first block then
+    write_cache_file(Path(path), metadata, arrays, str(n), ready)
 
 
-def _sync_folder(folder: Path):
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _read_header(path: Path) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        start = f.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > min(MAX_HEADER, size - 8):
-            raise CacheError(f"{path} is no prompt cache, or its beginning is damaged.", _AGAIN)
-        return f.read(length)
-
-
-def _digest(path: Path) -> tuple:
-    """SHA-256 of a file with its own checksum taken as zeros; (hex, offset of the checksum)."""
-    header = _read_header(path)
-    found = _DIGEST.search(header)
-    if found is None:
-        return "", None
-    digest = hashlib.sha256()
-    a, b = found.span(1)
-    with path.open("rb") as f:
-        digest.update(f.read(8))
-        f.read(len(header))
-        digest.update(header[:a] + b"0" * 64 + header[b:])
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest(), 8 + a
+def _raw(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8)
 
 
 def load_cache(path: str | os.PathLike, model: Any = None) -> StoredCache:
-    """Read a prompt cache file whose every byte is as it was written.
+    """Open a prompt cache file whose every byte is as it was written; arrays stay on the disk.
 
     Args:
         model: Checked against the file when given; see check_model.
@@ -189,63 +184,47 @@ def load_cache(path: str | os.PathLike, model: Any = None) -> StoredCache:
     Raises:
         CacheError: Unreadable, damaged, no file of hydra_mlx, or of another model.
     """
-    path = Path(path).expanduser()
+    file = CacheFile(path)
+    file.check()
     try:
-        digest, where = _digest(path)
-        if where is None:
-            raise CacheError(
-                f"{path} was not written by hydra_mlx: it has no checksum and no token ids.",
-                "Take another file name; this file stays as it is.",
-            )
-        header = _read_header(path)
-        if header[where - 8 : where + 56].decode() != digest:
-            raise CacheError(f"{path} is damaged or incomplete: its checksum is wrong.", _AGAIN)
-        metadata = {
-            k[2:]: v for k, v in json.loads(header)["__metadata__"].items() if k.startswith("0.")
-        }
-        if metadata["hydra_format"] != FORMAT:
-            raise CacheError(
-                f"{path} has format {metadata['hydra_format']}, expected {FORMAT}.", _AGAIN
-            )
-        text_tokens, text = json.loads(metadata["hydra_text"])
-        stored = StoredCache(
-            cache=_load_arrays(path),
-            tokens=json.loads(metadata["hydra_tokens"]),
-            text=text,
-            text_tokens=text_tokens,
-            messages=json.loads(metadata["hydra_messages"]),
-            fingerprint=metadata["hydra_fingerprint"],
-            label=metadata["model"],
-            path=path,
+        own, classes, scalars = own_metadata(file)
+        n, arrays = len(classes), file.arrays()
+        first = f"{n}."
+        cache = unpack(
+            {k: x for k, x in arrays.items() if not k.startswith(first)},
+            classes,
+            scalars,
+            own["ours"],
         )
-    except OSError as e:
-        raise CacheError(f"{path} cannot be read ({e.strerror or first_line(e)}).") from e
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as e:
-        raise CacheError(f"{path} cannot be understood ({first_line(e)}).", _AGAIN) from e
+        points, values = f"{n}.points.", own["checkpoints"]
+        kept = {k[len(points) :]: x for k, x in arrays.items() if k.startswith(points)}
+        stored = StoredCache(
+            cache=cache,
+            tokens=np.frombuffer(file.read(f"{n}.tokens"), np.int32).tolist(),
+            text=file.read(f"{n}.text").decode(),
+            text_tokens=own["text_tokens"],
+            messages=json.loads(file.read(f"{n}.messages")),
+            fingerprint=own["fingerprint"],
+            label=file.metadata["0.model"],
+            path=file.path,
+            checkpoints=values and unpack_checkpoints(kept, values, cache, file.unchanged),
+            open_turn=own["open_turn"],
+            wanted=own["wanted"],
+            file=file,
+        )
+    except CacheError as e:
+        if str(file.path) in e.message:
+            raise
+        raise CacheError(f"{file.path} cannot be used: {e.message}", AGAIN) from e
+    except (HydraError, ValueError, TypeError, RuntimeError, LookupError, AttributeError) as e:
+        raise CacheError(f"{file.path} cannot be understood ({first_line(e)}).", AGAIN) from e
     if model is not None:
         check_model(stored, model)
     return stored
 
 
-def _load_arrays(path: Path) -> list:
-    # As stock.load_prompt_cache does, which insists on the file name's ending.
-    arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
-    _, classes, scalars = tree_unflatten(list(metadata.items()))
-    for name, kind in scalars[1:]:
-        if kind == "string":
-            arrays[name] = "".join(map(chr, arrays[name].tolist()))
-        else:
-            arrays[name] = None if kind == "none" else arrays[name].item()
-    states = tree_unflatten(list(arrays.items()))
-    own = {"HydraKVCache": HydraKVCache}
-    kinds = [own.get(c) or getattr(stock, c) for c in classes]
-    cache = [kind.from_state(s) for kind, s in zip(kinds, states, strict=True)]
-    mx.eval([c.state for c in cache])
-    return cache
-
-
 def check_model(stored: StoredCache, model: Any):
-    """Whether a stored cache was made with this very model.
+    """Whether a stored cache was made with this very model; then its arrays are read.
 
     Raises:
         CacheError: Other weights, another dtype, another adapter, or a cache that does not fit.
@@ -258,12 +237,13 @@ def check_model(stored: StoredCache, model: Any):
         )
     fresh = stock.make_prompt_cache(model)
     same = len(fresh) == len(stored.cache) and all(
-        type(a) is type(b) or isinstance(b, stock.QuantizedKVCache | HydraKVCache)
+        type(a) is type(b) or (type(a) is stock.KVCache and isinstance(b, KV))
         for a, b in zip(fresh, stored.cache)  # noqa: B905 (same length)
     )
     offsets = {int(c.offset) for c in stored.cache if hasattr(c, "offset")}
     if not same or offsets - {len(stored.tokens)}:
-        raise CacheError(f"{stored.path} contradicts itself: its parts do not fit.", _AGAIN)
+        raise CacheError(f"{stored.path} contradicts itself: its parts do not fit.", AGAIN)
+    stored.read()
 
 
 def open_cache(args: Any, chat: bool) -> StoredCache | None:

@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import cli
+from .checkpoint_options import CheckpointOptions
 from .errors import UsageError
-from .text import count, first_line
+from .text import count, first_line, join
 
 SAME = "the prompt ends where it ends, and the last token must be read again"
+# Of the tokens in a file. A prompt that shares less with it is taken for a wrong file, as the run
+# would put the prompt into the place of what the file holds.
+LEAST_SHARE = 0.1
 # ChatML: what transformers once used for a tokenizer without a template of its own.
 DEFAULT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
@@ -78,8 +82,14 @@ def parse_template_config(text: str | None) -> dict:
     return value
 
 
-def chat_messages(prompt: str, options: ChatOptions, history: Sequence = ()) -> list:
+def chat_messages(
+    prompt: str, options: ChatOptions, history: Sequence = (), open_turn: bool = False
+) -> list:
     """The conversation with a new user turn: [{"role": ..., "content": ...}, ...].
+
+    Args:
+        open_turn: The last message is a document: the prompt goes on with it, a blank line
+            between, unless it begins with the document itself.
 
     Raises:
         UsageError: The conversation so far has another system prompt.
@@ -94,6 +104,9 @@ def chat_messages(prompt: str, options: ChatOptions, history: Sequence = ()) -> 
                 "Leave it out, take another cache file, or start anew with "
                 "--prompt-cache-overwrite.",
             )
+    if open_turn:
+        document = messages.pop()["content"]
+        prompt = prompt if prompt.startswith(document) else join(document, prompt)
     return [*messages, {"role": "user", "content": prompt}]
 
 
@@ -154,36 +167,76 @@ class Request:
     """One prompt, ready for the model.
 
     Attributes:
-        text: What the model reads. cached: Ids in the prompt cache already. rest: Ids to read.
-        max_tokens: Longest reply. messages: The conversation with this turn; None for plain text.
-        stored: The prompt cache file as it was, or None. fingerprint: Of the model, once known.
+        text: What the model reads. ids: Of all of it. max_tokens: Longest reply.
+        messages: The conversation with this turn; None for plain text.
+        stored: The prompt cache file as it was, or None. common: Ids that it begins with alike.
+        kept: Of these, what need not be computed again; known once there is a sequence.
+        fingerprint: Of the model, once known.
         kv_bits, kv_group_size: As asked, or as the prompt cache has them.
     """
 
     text: str
-    cached: list
-    rest: list
+    ids: list
     max_tokens: int
     messages: list | None
     stored: Any = None
+    common: int = 0
+    kept: int = 0
     fingerprint: str = ""
     kv_bits: int | tuple | None = None
     kv_group_size: int = 64
 
-    def make_cache(self, model: Any) -> list:
-        """The cache to start from: the stored one or an empty one.
+    def make_sequence(
+        self, model: Any, points: CheckpointOptions, note: Callable, kv_start: int = 0
+    ) -> Any:
+        """The sequence to start from, of the stored cache or a new one; says what is reused.
+
+        Args:
+            points: What is asked for. note: Prints a line.
 
         Raises:
-            CacheError: The stored one belongs to another model.
+            CacheError: The stored cache belongs to another model.
+            UsageError: Checkpoints or kv_bits that cannot be had.
         """
-        from mlx_lm.models.cache import make_prompt_cache
+        from .generation import make_sequence
 
-        if self.stored is not None:
+        old, cache, tokens = self.stored, None, ()
+        if old is not None:
             from .prompt_cache import check_model
 
-            check_model(self.stored, model)
-            self.fingerprint = self.stored.fingerprint
-        return self.stored.cache if self.cached else make_prompt_cache(model)
+            check_model(old, model)
+            self.fingerprint = old.fingerprint
+            cache, tokens = old.cache, old.tokens
+        sequence = make_sequence(
+            model,
+            cache,
+            tokens,
+            points.make(model, old and old.checkpoints, cache),
+            self.kv_bits,
+            self.kv_group_size,
+            kv_start,
+        )
+        self.kept = sequence.keepable(self.ids)
+        if old is not None:
+            self._tell(note)
+        return sequence
+
+    def _tell(self, note: Callable):
+        n, rest = len(self.stored.tokens), len(self.ids) - self.kept
+        has = f"{self.stored.path} holds {count(n, 'token')}"
+        if self.kept == n:
+            note(f"{has}; {count(rest, 'token')} to read.")
+            return
+        if self.common == len(self.ids):
+            why = SAME if self.common == n else "the prompt ends before they do"
+        else:
+            why = f"the prompt differs after {count(self.common, 'token')}"
+            if self.messages is not None:
+                why += ", as the chat template renders the earlier turns differently"
+        if self.kept:
+            note(f"{has}, {self.kept:,} of them are reused: {why}. {count(rest, 'token')} to read.")
+        else:
+            cli.say(f"{has}, 0 of them can be reused: {why}. Reading all {rest:,} again.")
 
     def save(
         self,
@@ -191,34 +244,35 @@ class Request:
         label: str,
         model: Any,
         tokenizer: Any,
-        cache: list,
+        sequence: Any,
         tokens: list,
-        processed: int,
         prefill: str,
     ) -> int:
         """Write the prompt cache after a run.
 
         Args:
-            tokens: The reply's ids. processed: How many of `rest` were read. prefill: What the
-                reply was made to begin with.
+            tokens: The reply's ids. prefill: What the reply was made to begin with.
 
         Returns:
-            Tokens in the file; 0 when nothing was read and it is as it was.
+            Tokens in the file; 0 when it is as it was, because nothing was read, or because the
+            prompt that was to replace what it holds was broken off.
 
         Raises:
             CacheError: It cannot be written.
         """
         from .prompt_cache import StoredCache, fingerprint, save_cache
 
-        if processed == 0:
+        ids, extends = sequence.tokens, self.stored and self.kept == len(self.stored.tokens)
+        broken_off = len(ids) < len(self.ids)
+        if len(ids) == self.kept or (broken_off and self.stored and not extends):
             return 0
-        ids = [*self.cached, *self.rest[:processed], *tokens]
-        messages = self.messages
-        if processed < len(self.rest):  # interrupted: this turn has not happened yet
-            known = self.stored if self.cached else None
+        messages, open_turn = self.messages, False
+        if broken_off:  # this turn has not happened yet
+            known = self.stored if extends else None
             text, text_tokens = (known.text, known.text_tokens) if known else ("", 0)
             if messages is not None:
                 messages = self.stored.messages if self.stored else []
+                open_turn = bool(self.stored and self.stored.open_turn)
         else:
             ended = bool(tokens) and tokens[-1] in tokenizer.eos_token_ids
             # All of it, a stop string too: the conversation is what the model has read.
@@ -227,9 +281,10 @@ class Request:
             text_tokens = len(ids)
             if messages is not None and self.max_tokens != 0:
                 messages = [*messages, {"role": "assistant", "content": prefill + said}]
-        stored = StoredCache(
-            cache, ids, text, text_tokens, messages, self.fingerprint or fingerprint(model), label
-        )
+        mark = self.fingerprint or fingerprint(model)
+        stored = StoredCache(sequence.cache, ids, text, text_tokens, messages, mark, label)
+        stored.open_turn = open_turn
+        stored.checkpoints = sequence.checkpoints if sequence.keeps_checkpoints else None
         save_cache(path, stored)
         return len(ids)
 
@@ -252,28 +307,24 @@ def plan(
     stored = open_cache(args, active)
     messages = None
     if active:
-        messages = chat_messages(prompt, chat, stored.messages if stored else ())
+        history, open_turn = (stored.messages, stored.open_turn) if stored else ((), False)
+        messages = chat_messages(prompt, chat, history, open_turn)
         prompt = render(tokenizer, messages, chat, args.max_tokens != 0)
     bos = tokenizer.bos_token
     ids = encode(tokenizer, prompt, not active and not (bos and prompt.startswith(bos)))
-    held = 0
+    common = 0
     if stored is not None:
-        ids, held, why = stored.match(prompt, ids, lambda rest: encode(tokenizer, rest, False))
-        has = f"{stored.path} holds {count(len(stored.tokens), 'token')}"
-        if held:
-            note(f"{has}; {count(len(ids) - held, 'token')} to read.")
-        elif active or why == SAME:
-            why = why if why == SAME else "the chat template renders the earlier turns differently"
-            cli.say(f"{has}, 0 of them can be reused: {why}. Reading all {len(ids):,} again.")
-        else:
+        ids, common = stored.match(prompt, ids, lambda rest: encode(tokenizer, rest, False))
+        if not active and common < LEAST_SHARE * len(stored.tokens):
             raise UsageError(
-                f"{has}, but the prompt does not begin with the text they stand for.",
+                f"{stored.path} holds {count(len(stored.tokens), 'token')}, but the prompt does "
+                "not begin with the text they stand for.",
                 "Take another file, or --prompt-cache-overwrite to give up what is in it.",
             )
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int) and len(ids) > limit:
         note(f"The prompt has {len(ids):,} tokens, more than the {limit:,} this model is made for.")
-    request = Request(prompt, ids[:held], ids[held:], args.max_tokens, messages, stored)
+    request = Request(prompt, ids, args.max_tokens, messages, stored, common)
     request.max_tokens = fit_context(len(ids), args.max_tokens, args.max_context)
     quantised = [f for f in map(kv_format, stored.cache) if f is not None] if stored else []
     request.kv_bits, request.kv_group_size = args.kv_bits, args.kv_group_size or 64

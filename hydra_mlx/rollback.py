@@ -7,7 +7,7 @@ between are read again. How exact that is:
   from a checkpoint, which lies at the beginning of a call, and cuts the last one at the position.
   Every key, value, tail and state is then bit for bit that of a fresh run with the same calls, on
   the same kernels. No call is ever split inside, so the chunks of 64 tokens of ops.gated_delta
-  fall where they fell.
+  fall where they fell. A call of which tokens were taken back (trial.py) is replayed with them.
 - reuse() goes back to a checkpoint and replays nothing. append() ends its calls at multiples of
   its step, whatever position it starts from, so reuse() to a multiple and append() give bit for
   bit the cache of a fresh append() of the new tokens. Checkpoints on the grid are multiples.
@@ -16,18 +16,52 @@ between are read again. How exact that is:
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
-from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
+from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, make_prompt_cache
 
-from .cache import CONV, STATE, make_cache
-from .checkpoints import Checkpoint, Checkpoints
+from .cache import CONV, STATE
+from .checkpoints import Checkpoint, Checkpoints, slots_of
+from .config import HydraArgs
 from .errors import CacheError, UsageError
 from .kv_cache import HydraKVCache, kv_format
+from .trial import Trial
+
+KINDS = (HydraKVCache, KVCache, QuantizedKVCache, ArraysCache)  # what can go back
+BLOCK = 4096  # ids compared at a time
+
+
+def obstacle(model: Any, cache: list) -> str:
+    """Why the cache of this model can only be extended; empty where it can go back."""
+    odd = sorted({type(c).__name__ for c in cache if type(c) not in KINDS})
+    if odd:
+        return f"a cache with {', '.join(odd)}"
+    states = any(isinstance(c, ArraysCache) for c in cache)
+    if states and not _is_hydra(model):
+        return f"the states of {type(model).__module__.rsplit('.', 1)[-1]}"
+    return ""
+
+
+def call_ends(start: int, stop: int, step: int | None, every: int) -> Iterator[tuple]:
+    """(from, to) of the calls that read from `start` to `stop`.
+
+    They end at multiples of `step` (None is `every`) and of `every`, whatever the start.
+
+    Raises:
+        UsageError: step is below 1.
+    """
+    step = every if step is None else step
+    if step < 1:
+        raise UsageError(f"step is {step}, expected 1 or more.")
+    a = start
+    while a < stop:
+        b = min((a // step + 1) * step, (a // every + 1) * every, stop)
+        yield a, b
+        a = b
 
 
 def append(
@@ -51,24 +85,19 @@ def append(
     Raises:
         CacheError, UsageError: As rollback, or step is below 1.
     """
-    N = checkpoints.grid.every
-    step = N if step is None else step
-    if step < 1:
-        raise UsageError(f"step is {step}, expected 1 or more.")
     start = _offsets(model, cache)[1]
     if start != checkpoints.calls.end:
         raise CacheError(
             f"The cache holds {start} tokens, but its checkpoints end at {checkpoints.calls.end}.",
             "Call note after each forward call.",
         )
-    ids, a, logits = _ids(tokens), start, None
+    ids, logits = _ids(tokens), None
     stop = start + len(ids)
-    while a < stop:
-        b = min((a // step + 1) * step, (a // N + 1) * N, stop)
+    for a, b in call_ends(start, stop, step, checkpoints.grid.every):
         h = _forward(model, cache, ids[a - start : b - start])
-        logits = model.head(h[:, -1:])[:, -1] if b == stop else None
+        if b == stop:
+            logits = (model.head(h[:, -1:]) if _is_hydra(model) else h)[:, -1]
         checkpoints.note(cache, mark and b == stop)
-        a = b
     if start == stop and mark:
         checkpoints.note(cache, True)
     return logits
@@ -112,24 +141,58 @@ def rollback(
     if len(tokens) < position:
         raise UsageError(f"{len(tokens)} token ids, expected at least {position} to go back there.")
     if most == end:
-        some, every = checkpoints.moved(cache) if end else (False, False)
+        some, every = checkpoints.moved(cache) if end else (not _stateless(cache), False)
         if every:
             raise CacheError("The checkpoints belong to another cache: none of its states is here.")
         if position == end and not some:
             return 0
+    return _go_back(model, cache, checkpoints, tokens, position, exact)
+
+
+def undo(model: Any, cache: list, checkpoints: Checkpoints, tokens: Sequence):
+    """Return a cache to the last note, for nothing unless a rollback itself was broken off.
+
+    For a caller that knows the checkpoints are of this cache: rollback cannot tell another cache
+    from one whose every state has moved, but whose offsets have not.
+
+    Args:
+        tokens: As in rollback.
+    """
+    _go_back(model, cache, checkpoints, tokens, checkpoints.calls.end, True)
+
+
+def _go_back(
+    model: Any,
+    cache: list,
+    checkpoints: Checkpoints,
+    tokens: Sequence,
+    position: int,
+    exact: bool,
+) -> int:
     point = checkpoints.nearest(position)
     start = 0 if point is None else point.position
+    if point is not None:
+        point.read()
     if exact:
-        plan = list(checkpoints.calls.between(start, position))
+        calls = checkpoints.calls
+        # What the last call rejected does not matter where it is cut.
+        plan = [
+            (a, b, calls.rejected(a) if calls.begins(b) else ())
+            for a, b in calls.between(start, position)
+        ]
     else:
         N = checkpoints.grid.every
-        plan = [(a, min(a + N, position)) for a in range(start, position, N)]
+        plan = [(a, min(a + N, position), ()) for a in range(start, position, N)]
     checkpoints.cut(start)  # first: whatever breaks off what follows, a rollback can mend it
     _restore(cache, point, start)
     ids = _ids(tokens[start:position])
-    for a, b in plan:
-        _forward(model, cache, ids[a - start : b - start])
-        checkpoints.note(cache)
+    for a, b, rejected in plan:
+        if rejected:
+            Trial(model, cache, [*tokens[a:b], *rejected]).keep(b - a)
+            mx.eval([c.state for c in cache])
+        else:
+            _forward(model, cache, ids[a - start : b - start])
+        checkpoints.note(cache, rejected=rejected)
     checkpoints.note(cache)
     return position - start
 
@@ -137,9 +200,12 @@ def rollback(
 def common_prefix(tokens: Sequence, cached_tokens: Sequence) -> int:
     """How many ids two sequences begin with alike."""
     n = min(len(tokens), len(cached_tokens))
-    a, b = (np.asarray(x[:n], np.int64) for x in (tokens, cached_tokens))
-    different = np.flatnonzero(a != b)
-    return int(different[0]) if different.size else n
+    for i in range(0, n, BLOCK):
+        a, b = (np.asarray(x[i : min(i + BLOCK, n)], np.int64) for x in (tokens, cached_tokens))
+        different = np.flatnonzero(a != b)
+        if different.size:
+            return i + int(different[0])
+    return n
 
 
 def keepable(checkpoints: Checkpoints, old_tokens: Sequence, new_tokens: Sequence) -> int:
@@ -197,9 +263,13 @@ def _ids(tokens: Sequence) -> mx.array:
 
 
 def _forward(model: Any, cache: list, ids: mx.array) -> mx.array:
-    h = model.model(ids[None], cache)
+    h = (model.model if _is_hydra(model) else model)(ids[None], cache)
     mx.eval([c.state for c in cache])  # not the logits: those of one token are wanted
     return h
+
+
+def _is_hydra(model: Any) -> bool:
+    return isinstance(getattr(model, "args", None), HydraArgs)
 
 
 def _offsets(model: Any, cache: list) -> tuple:
@@ -208,27 +278,27 @@ def _offsets(model: Any, cache: list) -> tuple:
     Raises:
         CacheError: A batch, or a cache of another model or kind.
     """
-    kinds = [ArraysCache if isinstance(c, ArraysCache) else KVCache for c in make_cache(model.args)]
-    allowed = (HydraKVCache, KVCache, QuantizedKVCache, ArraysCache)
-    odd = sorted({type(c).__name__ for c in cache if type(c) not in allowed})
-    if odd:
-        raise CacheError(f"A cache with {', '.join(odd)} cannot go back: expected one sequence.")
-    same = len(kinds) == len(cache) and all(
-        (k is ArraysCache) == isinstance(c, ArraysCache) for k, c in zip(kinds, cache, strict=True)
+    why = obstacle(model, cache)
+    if why:
+        raise CacheError(f"{why[0].upper()}{why[1:]} cannot go back: expected one sequence.")
+    fresh = make_prompt_cache(model)
+    same = len(fresh) == len(cache) and all(
+        isinstance(a, ArraysCache) == isinstance(b, ArraysCache)
+        for a, b in zip(fresh, cache, strict=True)
     )
     if not same:
-        raise CacheError(f"A cache of {len(cache)} parts is not of this model ({len(kinds)}).")
-    args = model.args
+        raise CacheError(f"A cache of {len(cache)} parts is not of this model ({len(fresh)}).")
+    D = getattr(getattr(model, "args", None), "head_dim", None)
     for c in cache:
         if isinstance(c, ArraysCache):
-            x, D = c[STATE], args.head_dim
+            x = c[STATE]
             fits = x is None or x.shape[-2:] == (D, D)
             whole = c.lengths is None and c.left_padding is None
         else:
             few, x = kv_format(c), c.keys
             if few is not None and x is not None:
                 x = x[1]  # the scales, one for each group
-            fits = x is None or x.shape[-1] * (few[2] if few else 1) == args.head_dim
+            fits = x is None or D in (None, x.shape[-1] * (few[2] if few else 1))
             whole = True
         if not whole or (x is not None and x.shape[0] != 1):
             raise CacheError("A batch cannot go back: expected a cache of one sequence.")
@@ -236,6 +306,10 @@ def _offsets(model: Any, cache: list) -> tuple:
             raise CacheError("The cache is of another model: its head size differs.")
     offsets = [c.offset for c in cache if not isinstance(c, ArraysCache)]
     return min(offsets), max(offsets)
+
+
+def _stateless(cache: list) -> bool:
+    return all(x is None for pair in slots_of(cache) for x in pair)
 
 
 def _restore(cache: list, point: Checkpoint | None, position: int):

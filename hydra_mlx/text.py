@@ -82,8 +82,19 @@ def decode(data: bytes, where: str) -> str:
         ) from None
 
 
-def read_file(name: str) -> str:
+def join(before: str, after: str) -> str:
+    """Two texts with a blank line between, as read_prompt puts it between files and prompt."""
+    return before + ("" if not before else "\n" if before.endswith("\n") else "\n\n") + after
+
+
+AT_SIGN = "A prompt that begins with the sign @ itself is written @@."
+
+
+def read_file(name: str, what: str = "prompt file", hint: str = AT_SIGN) -> str:
     """The text of a file.
+
+    Args:
+        what, hint: For the error: what the file is, what to do.
 
     Raises:
         UsageError: It cannot be read or is not UTF-8.
@@ -93,10 +104,7 @@ def read_file(name: str) -> str:
         return decode(path.read_bytes(), str(path))
     except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or first_line(e)
-        raise UsageError(
-            f"The prompt file {name!r} cannot be read ({why}).",
-            "A prompt that begins with the sign @ itself is written @@.",
-        ) from None
+        raise UsageError(f"The {what} {name!r} cannot be read ({why}).", hint) from None
 
 
 def piped_stdin() -> str | None:
@@ -112,14 +120,14 @@ def piped_stdin() -> str | None:
     return read_stdin()
 
 
-def read_stdin() -> str:
+def read_stdin(what: str = "prompt") -> str:
     """All of stdin.
 
     Raises:
         UsageError: There is none, or it is not UTF-8.
     """
     if sys.stdin is None or sys.stdin.closed:
-        raise UsageError("The prompt was to come from stdin, which is closed.")
+        raise UsageError(f"The {what} was to come from stdin, which is closed.")
     return decode(sys.stdin.buffer.read(), "stdin")
 
 
@@ -155,8 +163,7 @@ def read_prompt(items: Sequence, files: Sequence) -> str:
         pieces = [piped, *pieces] if piped else pieces
     prompt = ""
     for piece in [*(p for p in pieces if p), *texts]:
-        gap = "" if not prompt else "\n" if prompt.endswith("\n") else "\n\n"
-        prompt += gap + piece
+        prompt = join(prompt, piece)
     if not prompt.strip():
         found = "The prompt is empty." if items or files or stdin else "There is no prompt."
         raise UsageError(found, "Give it as an argument, as @file, or pipe text in.")

@@ -11,6 +11,7 @@ from hydra_mlx.prompt_cache import StoredCache, fingerprint, load_cache, save_ca
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import load_prompt_cache
 
 RAW = "--ignore-chat-template"
@@ -176,8 +177,69 @@ def test_one_text_many_questions(program, file):
         assert stats(result)["cached_tokens"] == 13 and stats(result)["processed_tokens"] == 4
         assert result[1] == ok(program("generate", "A long text. " + question, RAW, "-m", 8))
     same = program("generate", "A long text. ", *ro)
-    assert "0 of them can be reused" in same[2] and stats(same)["cached_tokens"] == 0
+    assert "12 of them are reused" in same[2] and stats(same)["cached_tokens"] == 12
+    assert same[1] == ok(program("generate", "A long text. ", RAW, "-m", 8))
     refused(program("generate", "Another text", *ro), "does not begin with")
+    assert file.read_bytes() == before
+
+
+TEXT = "".join(f"Line {i} of a text that is edited later. " for i in range(40))  # 1590 tokens
+
+
+@pytest.mark.parametrize("kv", [(), ("--kv-bits", "8,4", "--kv-group-size", 32)])
+def test_an_edited_text(program, file, kv):
+    """What comes before the edit is kept as far back as a checkpoint; the rest is as if new."""
+    flags = (RAW, "-m", 12, "--stats", "json", "--prefill-step-size", 256, *kv)
+    at = TEXT.index("Line 30")
+    edited = TEXT[:at] + "Something else. " + TEXT[at:]
+    ok(program("generate", TEXT, *flags, "--prompt-cache", file))
+    result = program("generate", edited, *flags, "--prompt-cache", file)
+    kept = at // 256 * 256
+    assert stats(result)["cached_tokens"] == kept > 1000
+    assert stats(result)["processed_tokens"] == len(edited) - kept
+    assert f"{kept:,} of them are reused: the prompt differs after" in result[2]
+    fresh = program("generate", edited, *flags, "--prompt-cache", file.with_name("new"))
+    assert fresh[1] == result[1] and stats(fresh)["cached_tokens"] == 0
+    one, two = load_cache(file), load_cache(file.with_name("new"))
+    assert one.tokens == two.tokens and len(one.tokens) == len(edited) + 12
+    states = [tree_flatten([c.state for c in stored.cache]) for stored in (one, two)]
+    for (name, a), (same, b) in zip(*states, strict=True):
+        assert name == same and (a == b if not isinstance(a, mx.array) else mx.array_equal(a, b))
+    again = program("generate", edited, *flags, "--prompt-cache", file)  # another reply, same text
+    assert stats(again)["processed_tokens"] == 1 and again[1] == result[1]
+    shorter = program("generate", edited[:700], *flags, "--prompt-cache", file, "--prompt-cache-ro")
+    assert stats(shorter)["cached_tokens"] == 512 and "ends before they do" in shorter[2]
+
+
+def test_checkpoint_flags(program, file):
+    flags = ("generate", TEXT, RAW, "-m", 4, "--stats", "json", "--prompt-cache", file)
+    ok(program(*flags, "--checkpoints", "off"))
+    assert load_cache(file).checkpoints is None
+    changed = ("generate", TEXT[:-9] + "x" + TEXT[-9:], *flags[2:])
+    result = program(*changed, "--checkpoints", "1MB", "--checkpoint-dtype", "bfloat16")
+    assert stats(result)["cached_tokens"] == 0 and "0 of them can be reused" in result[2]
+    points = load_cache(file).checkpoints
+    assert points.dtype == "bfloat16" and points.positions[-3:] == [1536, 1590, 1595]
+    refused(program(*changed, "--checkpoint-dtype", "float32"), "has them as bfloat16")
+    wider = program(*flags, "--checkpoints", "2MB")
+    assert stats(wider)["cached_tokens"] == 1536
+    assert load_cache(file).checkpoints.grid.most > points.grid.most
+    refused(program(*flags, "--checkpoints", "20"), "expected off, or a size")
+    refused(program(*flags, "--checkpoints", "off", "--checkpoint-dtype", "float32"), "no effect")
+    refused(program(*flags, "--checkpoints", "2MB", "--prompt-cache-ro"), "the file's are used")
+    refused(program("generate", "x", "--checkpoints", "2MB"), "without --prompt-cache")
+
+
+def test_a_replacement_broken_off_leaves_the_file(program, file, monkeypatch):
+    from hydra_mlx import cli
+
+    flags = ("-m", 4, RAW, "--prompt-cache", file)
+    ok(program("generate", TEXT, *flags))
+    before = file.read_bytes()
+    answers = iter([False] * 3)
+    monkeypatch.setattr(cli.Interrupt, "__call__", lambda self: next(answers, True))
+    code, out, err = program("generate", TEXT[:300] + "!" + TEXT[300:], *flags)
+    assert (code, out) == (130, "") and "is as it was" in err and "Interrupted after 1,024" in err
     assert file.read_bytes() == before
 
 
@@ -276,6 +338,6 @@ def test_interrupted_prompt_is_taken_up(program, file, monkeypatch):
 def test_the_models_own_tokens_stay(tiny):
     """A reply whose text would be encoded another way is still continued from its tokens."""
     one = StoredCache([], [1, 2, 3], "ab", 3, None, "")
-    assert one.match("abc", [9, 8], lambda rest: [7]) == ([1, 2, 3, 7], 3, "")
-    assert one.match("xbc", [9, 8], lambda rest: [7])[:2] == ([9, 8], 0)
-    assert one.match("ab", [1, 2, 3], lambda rest: [])[1] == 0
+    assert one.match("abc", [9, 8], lambda rest: [7]) == ([1, 2, 3, 7], 3)
+    assert one.match("xbc", [9, 8], lambda rest: [7]) == ([9, 8], 0)
+    assert one.match("aX", [1, 2, 8], lambda rest: [7]) == ([1, 2, 8], 2)
