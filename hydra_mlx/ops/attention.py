@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from ..kv_cache import kv_format
+from ..kv_format import kv_format
 
 # Most scores, and most dequantised numbers, that exist at a time where MLX has no fused attention:
 # 2 MiB of float32, on a GPU 64, whose launches have to be worth it. A few arrays of this size are
