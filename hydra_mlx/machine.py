@@ -15,7 +15,8 @@ class Machine:
     """Memory in bytes.
 
     Attributes:
-        free: What is left for this process, what it holds already not counted. what: In words.
+        free: What is left for this process, what it holds already not counted. what: In words,
+            to go after the number.
     """
 
     free: int
@@ -33,7 +34,7 @@ def machine(root: Path = Path("/")) -> Machine | None:
     found = [x for x in (_available(root), *_cgroups(root)) if x is not None]
     if not found and hasattr(os, "sysconf"):
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        found = [Machine(physical, "memory of this machine")]
+        found = [Machine(physical, "is all that this machine has")]
     return min(found, key=lambda m: m.free, default=None)
 
 
@@ -41,11 +42,11 @@ def _gpu(info: dict, active: int) -> Machine | None:
     if "max_recommended_working_set_size" in info:
         # Metal shares memory with the system, which wants some of it.
         free = info["max_recommended_working_set_size"] - active
-        return Machine(free, "left of what Metal recommends for a GPU's work")
+        return Machine(free, "is left of what Metal recommends for its work")
     if "free_memory" in info:
-        return Machine(info["free_memory"], "free on the GPU")
+        return Machine(info["free_memory"], "is free on the GPU")
     total = info.get("total_memory", info.get("memory_size"))
-    return None if total is None else Machine(total - active, "left on the GPU")
+    return None if total is None else Machine(total - active, "is left on the GPU")
 
 
 def _available(root: Path) -> Machine | None:
@@ -54,7 +55,7 @@ def _available(root: Path) -> Machine | None:
         kib = next(int(s.split()[1]) for s in lines if s.startswith("MemAvailable:"))
     except (OSError, ValueError, IndexError, StopIteration):
         return None
-    return Machine(kib * 1024, "free on this machine")
+    return Machine(kib * 1024, "is free on this machine")
 
 
 def _cgroups(root: Path) -> list:
@@ -83,4 +84,4 @@ def _limit(limit: Path, current: Path) -> Machine | None:
         return None
     if not most.isdigit() or int(most) >= 2**60:  # "max", or version 1's way to say so
         return None
-    return Machine(max(0, int(most) - used), "left of this container's limit")
+    return Machine(max(0, int(most) - used), "is left of this container's limit")

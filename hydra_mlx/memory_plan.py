@@ -1,7 +1,7 @@
 """What a prompt will take in memory, said before it is read: weights, cache, one prefill step.
 
-Keys, values, states and weights are exact. The working set of a step is an estimate, measured on a
-CPU and, on a GPU, at one geometry: see docs/cache.md.
+Keys, values, states and weights are exact. The working set of a step is an estimate, compared with
+measured ones on a CPU and predicted for a GPU: see docs/cache.md.
 """
 
 from collections.abc import Callable
@@ -119,45 +119,53 @@ def working_bytes(args: HydraArgs, T: int, itemsize: int, kernels: bool) -> int:
 
 
 def plan_of(
-    model: Any, tokens: int, step: int, few: tuple | None = None, **more: Any
+    model: Any, tokens: int, step: int, few: tuple | None = None, checkpoints: int = 0
 ) -> MemoryPlan:
     """The plan of a loaded HydraHead model.
 
     Args:
-        few: kv_format of its cache, None for full precision. more: checkpoints.
+        few: kv_format of its cache, None for full precision. checkpoints: Bytes of their budget.
     """
     from mlx.utils import tree_flatten
 
     from .kernels.dispatch import backend
 
-    weights = sum(x.nbytes for _, x in tree_flatten(model.parameters()))
     k_bits, v_bits, group = few or (None, None, 64)
-    itemsize = model.model.norm.weight.dtype.size
-    on = backend() is not None
     return MemoryPlan(
-        model.args, tokens, step, weights, k_bits, v_bits, group, itemsize, kernels=on, **more
+        args=model.args,
+        tokens=tokens,
+        step=step,
+        weights=sum(x.nbytes for _, x in tree_flatten(model.parameters())),
+        k_bits=k_bits,
+        v_bits=v_bits,
+        group_size=group,
+        itemsize=model.model.norm.weight.dtype.size,
+        checkpoints=checkpoints,
+        kernels=backend() is not None,
     )
 
 
-def check(plan: MemoryPlan, there: Machine | None, to_read: int, note: Callable):
+def check(plan: MemoryPlan, there: Machine | None, to_read: int, note: Callable, held: int = 0):
     """Say what a long prompt will take, and refuse one that cannot fit.
 
     Args:
         there: What the machine has, the weights loaded. to_read: Tokens of the prompt not yet
-            cached. note: Prints a line.
+            cached. note: Prints a line. held: Bytes of the cache that are there already.
 
     Raises:
         UsageError: It does not fit; the message has the numbers, the hint what would fit.
     """
-    if there is None or plan.total - plan.weights <= there.free:
+    held = min(held, plan.kv + plan.state)
+    needed = plan.total - plan.weights - held
+    if there is None or needed <= there.free:
         if to_read >= LONG:
             left = "" if there is None else f"; {size(there.free)} {there.what}, weights loaded"
             note(f"memory: {plan.text()}{left}.")
         return
     raise UsageError(
-        f"This needs {plan.text()}. Besides the weights that is "
-        f"{size(plan.total - plan.weights)}, but only {size(there.free)} are {there.what}.",
-        "What fits: " + "; ".join(alternatives(plan, there.free)) + ".",
+        f"This needs {plan.text()}. Besides what is loaded that is {size(needed)}, but "
+        f"{size(there.free)} {there.what}.",
+        "What fits: " + "; ".join(alternatives(plan, there.free + held)) + ".",
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from .checkpoint_options import CheckpointOptions, budget
 from .errors import UsageError
+from .text import size
 
 POINTS = 16  # checkpoints of a sequence, unless --checkpoints says how much memory they may take
 
@@ -102,18 +103,12 @@ def make_memory(args: argparse.Namespace, model: Any, fresh: Callable) -> Any:
     free = there.free if there else None
     if args.memory is not None:
         if free is not None and args.memory > free:
-            from .text import size
-
-            raise UsageError(
-                f"--memory is {size(args.memory)}, but only {size(free)} are {there.what}."
-            )
+            raise UsageError(f"--memory is {size(args.memory)}, but {size(free)} {there.what}.")
         free = args.memory
     step = args.prefill_step_size or sequence.checkpoints.grid.every
     step = min(step, 2048)
     memory = memory_of(model, free, step, sequence.checkpoints, few, args.max_context)
     if memory.most == 0:
-        from .text import size
-
         raise UsageError(
             f"{size(free)} are not enough: a step takes {size(memory.step_bytes)}, a short request "
             f"{size(memory.needs(1))}.",

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
         (["--cache-memory", "lots"], "not a size"),
         (["--cache-memory", "900GB"], "there is room for"),
         (["--memory", "20MB"], "not enough"),
-        (["--memory", "90000GB"], "only"),
+        (["--memory", "90000GB"], "--memory is"),
         (["--api-key", " "], "--api-key is empty"),
         (["--alias", ""], "--alias is empty"),
         (["--kv-bits", "7"], "kv-bits is 7"),
