@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
         (["--port", "70000"], "from 0 to 65535"),
         (["--cache-memory", "lots"], "not a size"),
         (["--cache-memory", "900GB"], "there is room for"),
-        (["--memory", "20MB"], "not enough"),
+        (["--memory", "1MB"], "not enough"),
         (["--memory", "90000GB"], "--memory is"),
         (["--api-key", " "], "--api-key is empty"),
         (["--alias", ""], "--alias is empty"),

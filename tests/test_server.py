@@ -237,7 +237,9 @@ def test_context_limit(client):
 
 def test_memory_limit(tiny_model_dir, tiny):
     """The plan refuses what cannot fit, and lets wait what must."""
-    with serving(tiny_model_dir, "--memory", "38MB", "--max-waiting", 2, model=tiny) as s:
+    with serving(tiny_model_dir, model=tiny) as s:
+        memory = s.engine.memory.step_bytes + 2_000_000
+    with serving(tiny_model_dir, "--memory", memory, "--max-waiting", 2, model=tiny) as s:
         most = s.engine.memory.most
         assert 450 < most < 3000, most
         status, r = s.request("POST", "/v1/completions", {"prompt": "a" * most})
