@@ -89,7 +89,7 @@ def build_parser() -> cli.Parser:
         "--memory",
         type=memory_size,
         metavar="SIZE",
-        help="for everything but the weights (default: what the machine has free at the start)",
+        help="for everything but the weights (default: three quarters of what is free at the start)",
     )
     memory.add_argument(
         "--cache-memory",
@@ -101,7 +101,17 @@ def build_parser() -> cli.Parser:
     memory.add_argument("--kv-group-size", type=int, metavar="N", help="32, 64 or 128 (64)")
     memory.add_argument("--prefill-step-size", type=cli.number(int, 1), metavar="N",
         help="prompt tokens between two tokens of the other replies, at most (512)")  # fmt: skip
-    checkpoint_options.add_flags(memory)
+    memory.add_argument(
+        "--checkpoints",
+        type=checkpoint_options.budget,
+        metavar="SIZE",
+        help="of each request, for states to go back to, or off (default: what 16 of them take)",
+    )
+    memory.add_argument(
+        "--checkpoint-dtype",
+        choices=("float32", "bfloat16"),
+        help="float32 goes back exactly (default); bfloat16 takes half",
+    )
     work = p.add_argument_group("requests")
     work.add_argument(
         "--decode-concurrency", type=cli.number(int, 1), default=32, metavar="N",

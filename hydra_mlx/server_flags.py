@@ -10,6 +10,10 @@ from .text import size
 
 POINTS = 16  # checkpoints of a sequence, unless --checkpoints says how much memory they may take
 
+SHARE = (
+    0.75  # of free memory that the server takes, unless --memory says more: others live there too
+)
+
 
 def memory_size(text: str) -> int:
     """Bytes of "500MB" or "2GiB"; an argparse type."""
@@ -101,16 +105,17 @@ def make_memory(args: argparse.Namespace, model: Any, fresh: Callable) -> Any:
         return Memory(None, 0, 0.0, 0, 0, 0, 1, args.max_context, 0 if few else 1)
     there = machine()
     free = there.free if there else None
+    share = None if free is None else int(free * SHARE)
     if args.memory is not None:
         if free is not None and args.memory > free:
             raise UsageError(f"--memory is {size(args.memory)}, but {size(free)} {there.what}.")
-        free = args.memory
+        share = args.memory
     step = args.prefill_step_size or sequence.checkpoints.grid.every
     step = min(step, 2048)
-    memory = memory_of(model, free, step, sequence.checkpoints, few, args.max_context)
+    memory = memory_of(model, share, step, sequence.checkpoints, few, args.max_context)
     if memory.most == 0:
         raise UsageError(
-            f"{size(free)} are not enough: a step takes {size(memory.step_bytes)}, a short request "
+            f"{size(share)} are not enough: a step takes {size(memory.step_bytes)}, a short request "
             f"{size(memory.needs(1))}.",
             "Raise --memory, or lower --prefill-step-size or --checkpoints.",
         )
