@@ -7,10 +7,7 @@ curl localhost:8080/v1/chat/completions -H 'Content-Type: application/json' \\
 
 import argparse
 import contextlib
-import ipaddress
-import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -20,7 +17,7 @@ from typing import Any
 from . import checkpoint_options, cli, prompts
 from .errors import UsageError
 from .generate import parse_bits
-from .server_flags import check_flags, memory_size
+from .server_flags import check_flags, check_host, find_key, memory_size
 from .text import count, size
 
 EPILOG = """\
@@ -89,7 +86,7 @@ def build_parser() -> cli.Parser:
         "--memory",
         type=memory_size,
         metavar="SIZE",
-        help="for everything but the weights (default: three quarters of what is free at the start)",
+        help="for all but the weights (default: three quarters of what is free at the start)",
     )
     memory.add_argument(
         "--cache-memory",
@@ -155,8 +152,8 @@ _REFUSED = {
 def work(args: argparse.Namespace) -> int:
     """Load, listen, serve until a signal; returns the exit code."""
     check_flags(args)
-    key = args.api_key or os.environ.get("HYDRA_API_KEY") or None
-    local = _check_host(args.host, key)
+    key = find_key(args)
+    local = check_host(args.host, key)
     note: Callable = (lambda line: None) if args.quiet else cli.say
 
     from . import loading
@@ -254,25 +251,6 @@ def make_service(
         args.verbose,
     )
     return service, engine
-
-
-def _check_host(host: str, key: str | None) -> bool:
-    """Whether only this machine can reach it.
-
-    Raises:
-        UsageError: It cannot be listened on, or others can reach it and there is no key.
-    """
-    try:
-        found = {a[4][0] for a in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
-    except (OSError, UnicodeError):
-        raise UsageError(f"--host {host!r} is not an address of this machine.") from None
-    local = all(ipaddress.ip_address(a.split("%")[0]).is_loopback for a in found)
-    if not local and key is None:
-        raise UsageError(
-            f"--host {host} can be reached by others, which needs --api-key.",
-            "Add --api-key KEY, or leave --host out.",
-        )
-    return local
 
 
 def _serve(server: Any, engine: Any, note: Callable) -> int:

@@ -284,9 +284,8 @@ class Engine:
             return True
         except Exception as e:
             self.log(f"error: {type(e).__name__}: {first_line(e)}")
-            error = ApiError(
-                500, f"The reply failed ({first_line(e)}).", "failed", kind="server_error"
-            )
+            text = f"The reply failed ({first_line(e)})."
+            error = ApiError(500, text, "failed", kind="server_error")
             jobs = self._all() if jobs is None else jobs
             failed = {id(j) for j in jobs}
             for job in jobs:

@@ -1,6 +1,9 @@
 """What serve's flags come to: memory, and the sequences every request begins with."""
 
 import argparse
+import ipaddress
+import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -39,14 +42,45 @@ def check_flags(args: argparse.Namespace):
         raise UsageError("--kv-group-size has no effect without --kv-bits.")
     if args.checkpoint_dtype is not None and args.checkpoints == 0:
         raise UsageError("--checkpoint-dtype has no effect with --checkpoints off.")
-    if args.api_key is not None and not (args.api_key.isascii() and args.api_key.strip()):
-        raise UsageError("--api-key is empty or not ASCII, expected letters and digits.")
     if args.alias is not None and not all(args.alias):
         raise UsageError("--alias is empty, expected a name.")
     if args.temp == 0:
         for name in ("top_p", "top_k", "min_p"):
             if getattr(args, name) not in (0, 1.0):
                 raise UsageError(f"--{name.replace('_', '-')} has no effect without --temp.")
+
+
+def find_key(args: argparse.Namespace) -> str | None:
+    """--api-key, or what the environment has; None for neither.
+
+    Raises:
+        UsageError: It cannot be sent in a header.
+    """
+    key, name = args.api_key, "--api-key"
+    if key is None:
+        key, name = os.environ.get("HYDRA_API_KEY") or None, "HYDRA_API_KEY"
+    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip() != ""):
+        raise UsageError(f"{name} is empty or has blanks around it or odd characters.")
+    return key
+
+
+def check_host(host: str, key: str | None) -> bool:
+    """Whether only this machine can reach it.
+
+    Raises:
+        UsageError: It cannot be listened on, or others can reach it and there is no key.
+    """
+    try:
+        found = {a[4][0] for a in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError):
+        raise UsageError(f"--host {host!r} is not an address of this machine.") from None
+    local = all(ipaddress.ip_address(a.split("%")[0]).is_loopback for a in found)
+    if not local and key is None:
+        raise UsageError(
+            f"--host {host} can be reached by others, which needs --api-key.",
+            "Add --api-key KEY, or leave --host out.",
+        )
+    return local
 
 
 def sequences(args: argparse.Namespace, model: Any) -> Callable:
@@ -115,8 +149,8 @@ def make_memory(args: argparse.Namespace, model: Any, fresh: Callable) -> Any:
     memory = memory_of(model, share, step, sequence.checkpoints, few, args.max_context)
     if memory.most == 0:
         raise UsageError(
-            f"{size(share)} are not enough: a step takes {size(memory.step_bytes)}, a short request "
-            f"{size(memory.needs(1))}.",
+            f"{size(share)} are not enough: a step takes {size(memory.step_bytes)}, a short "
+            f"request {size(memory.needs(1))}.",
             "Raise --memory, or lower --prefill-step-size or --checkpoints.",
         )
     return memory

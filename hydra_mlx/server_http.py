@@ -190,6 +190,7 @@ class Handler(APIHandler):
     def _tell(self, job: Job, reply: Reply):
         """Wait for the reply and send it, at once or as it comes."""
         stream, told = reply.ask.stream, time.monotonic()
+        looked = told
         while reply.reason is None:
             try:
                 event = job.events.get(timeout=POLL_S)
@@ -197,8 +198,10 @@ class Handler(APIHandler):
                 event = None
             if isinstance(event, Exception):
                 raise event
-            if event is None and self._gone():
-                raise ConnectionResetError
+            if time.monotonic() - looked >= POLL_S:
+                looked = time.monotonic()
+                if self._gone():
+                    raise ConnectionResetError
             if event is None and not self.service.engine.healthy:
                 raise ApiError(503, "The server is stopping.", "stopping", kind="server_error")
             if isinstance(event, Progress) or event is None:

@@ -424,6 +424,7 @@ def test_a_client_that_goes_ends_its_reply(served):
         c.sock.close()
         c.close()
         served.quiet(20)
+    assert max(len(e.tokens) for e in served.engine.pool.entries[-2:]) < 1000  # not to the end
     assert served.engine.used == 0
 
 
