@@ -162,7 +162,7 @@ class Engine:
                 continue
             with self._news:
                 self._waiting.remove(job)
-            self.used, job.admitted = self.used + job.nbytes, True
+            self.used, job.admitted, job.leader = self.used + job.nbytes, True, None
             self._reading.append(job)
             self._guarded([job], lambda job=job: self._begin(job))
 
@@ -170,13 +170,15 @@ class Engine:
         """Whether to wait for a prompt being read; what a reply under way has read is shared."""
         if not self.pool.limit:
             return False
+        if job.leader in self._reading:
+            return True
         known = self.pool.match(job.ids)[1]
         for other in self._reading:
             points, n = other.sequence.checkpoints, common_prefix(other.ids, job.ids)
-            every = points.grid.every
-            ends = [m for m in (*other.marks, len(other.ids) - 1) if m <= n]
-            ends += [] if every == NEVER else [n // every * every]
-            if max(ends, default=0) >= known + SHARED:
+            N, ends = points.grid.every, (*other.marks, len(other.ids) - 1)
+            ends = [*(m for m in ends if m <= n), 0 if N == NEVER else n // N * N]
+            if max(ends) >= known + SHARED:
+                job.leader = other
                 return True
         for group in self._groups:
             for other in group.jobs:
@@ -193,8 +195,7 @@ class Engine:
 
     def _make_room(self):
         room = self.memory.room
-        if room is not None:
-            self.pool.trim(max(0, room - self.used))
+        self.pool.trim(self.pool.limit if room is None else max(0, room - self.used))
 
     def _begin(self, job: Job):
         n, room = len(job.ids), self.memory.room
@@ -263,11 +264,11 @@ class Engine:
             self._groups.remove(group)
 
     def _finish(self, job: Job):
-        self._release(job)
         sequence, job.sequence = job.sequence, None
         if sequence is not None:
             self.pool.put(sequence, job.links, release=True)
-            self._make_room()
+        self._release(job)
+        self._make_room()
 
     def _release(self, job: Job):
         self.used -= job.nbytes if job.admitted else 0
@@ -284,8 +285,7 @@ class Engine:
             return True
         except Exception as e:
             self.log(f"error: {type(e).__name__}: {first_line(e)}")
-            text = f"The reply failed ({first_line(e)})."
-            error = ApiError(500, text, "failed", kind="server_error")
+            error = ApiError(500, f"It failed: {first_line(e)}.", "failed", kind="server_error")
             jobs = self._all() if jobs is None else jobs
             failed = {id(j) for j in jobs}
             for job in jobs:

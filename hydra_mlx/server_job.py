@@ -63,6 +63,7 @@ class Job:
         events: Progress, Pieces and at last, if all fails, an exception. cancelled: Set by whoever
             waits, when nobody does any more.
         sequence, links: Once the prompt is begun. cached: Tokens that were known then.
+        leader: A Job whose prompt it waits for.
         nbytes: Memory it takes. admitted: Whether that is set aside.
     """
 
@@ -77,6 +78,7 @@ class Job:
     sequence: CachedSequence | None = None
     links: tuple = ()
     cached: int = 0
+    leader: Any = None
     nbytes: int = 0
     admitted: bool = False
     pick: Any = None

@@ -88,7 +88,7 @@ class Pool:
         self.entries: list = []
         self.segments: dict = {}
         self.nbytes = self.evicted = 0
-        self._clock = self._made = 0
+        self._held = self._clock = self._made = 0
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -123,7 +123,7 @@ class Pool:
             return sequence, ()
         entry.used = self._tick()
         links, gone = _cut(entry.links, kept), set()
-        if kept == len(entry.tokens) or (spare is not None and self.nbytes > spare):
+        if kept == len(entry.tokens) or (spare is not None and self._held > spare):
             self.entries.remove(entry)
             gone = {key for key, _ in links} - self._longest().keys()
         points = entry.checkpoints.fork()
@@ -133,6 +133,7 @@ class Pool:
         new = CachedSequence(sequence.model, points, sequence.cache, entry.tokens[:kept])
         new.kv = sequence.kv
         self._settle()
+        self.nbytes = self._held
         return new, links
 
     def put(self, sequence: CachedSequence, links: tuple = (), release: bool = False) -> tuple:
@@ -167,13 +168,14 @@ class Pool:
 
     def trim(self, nbytes: int, but: Entry | None = None):
         """Let the least recently used go, but one, until no more than so many bytes are held."""
-        while self.nbytes > nbytes:
+        while self._held > nbytes:
             rest = [e for e in self.entries if e is not but]
             if not rest:
-                return
+                break
             self.entries.remove(min(rest, key=lambda e: e.used))
             self.evicted += 1
             self._settle()
+        self.nbytes = self._held
 
     def _tick(self) -> int:
         self._clock += 1
@@ -196,7 +198,7 @@ class Pool:
             arrays |= e.arrays
         for key, s in self.segments.items():
             s.shorten(longest[key])
-        self.nbytes = sum(s.nbytes for s in self.segments.values()) + sum(arrays.values())
+        self._held = sum(s.nbytes for s in self.segments.values()) + sum(arrays.values())
         mx.clear_cache()
 
     def _fill(self, cache: list, links: tuple, gone: set, room: int, point: Checkpoint):
