@@ -12,6 +12,7 @@ replaying the same calls is what makes a return to an earlier position exact; se
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
@@ -140,12 +141,20 @@ class Checkpoints:
         latest = sum(x.nbytes for pair in self._latest or () for x in pair if x is not None)
         return latest + sum(c.nbytes for c in self._held)
 
-    def note(self, cache: list, mark: bool = False):
+    def most_bytes(self, model: Any, tokens: int) -> int:
+        """What they may take at a length."""
+        itemsize = model.model.norm.weight.dtype.size
+        n = min(tokens // self.grid.every, self.grid.most) + self.marks
+        one, latest = (checkpoint_bytes(model.args, d, itemsize) for d in (self.dtype, "float32"))
+        return n * one + latest
+
+    def note(self, cache: list, mark: bool = False, rejected: Sequence = ()):
         """Say that a forward call is done; keeps a checkpoint where one is due.
 
         Args:
             cache: The sequence's cache, noted since it was empty. mark: Keep this position,
-                whether or not on the grid.
+                whether or not on the grid. rejected: Ids that the call had beyond those that the
+                cache holds now (trial.py).
 
         Raises:
             CacheError: The cache is shorter than at the last note.
@@ -159,7 +168,7 @@ class Checkpoints:
         slots = slots_of(cache)
         if now > before:
             self._latest = None  # broken off in the next lines, nothing but a replay is right
-            self.calls.add(now - before)
+            self.calls.add(now - before, rejected)
             self.furthest = max(self.furthest, now)
         self._latest = slots
         # A call over several lines stands for the one that thinning keeps longest.

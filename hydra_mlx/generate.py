@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint_options, cli, prompts, sampling, stats
+from . import checkpoint_options, cli, draft_flags, prompt_list, prompts, sampling, stats
 from .errors import CheckpointError, UsageError
 from .text import count, first_line, read_prompt
 
@@ -29,8 +29,12 @@ piped text come first, the prompt after them, a blank line between. Nothing is u
   as far back as there is a checkpoint, the rest is read anew, and the file has the new text then.
   A prompt that shares less than a tenth of the file's tokens is refused before any work and the
   file stays as it is, unless --prompt-cache-overwrite. To ask many questions about one text: make
-  the file with `hydra-mlx cache read`, then use it with --prompt-cache-ro. End the name in .safetensors and mlx_lm
-  can read it too.
+  the file with `hydra-mlx cache read`, then use it with --prompt-cache-ro. End the name in
+  .safetensors and mlx_lm can read it too.
+
+--kv-bits 4 keeps keys and values in 4 bits instead of 16, --kv-bits 8,4 keys in 8 and values in 4.
+  What it takes and what it costs in quality is in docs/cache.md. A prompt of 8,192 tokens or more
+  is preceded by a line about memory; what cannot fit is refused, with what would.
 
 Ctrl-C ends the reply, still writes the prompt cache and the statistics, and exits with 130.
 """
@@ -126,6 +130,11 @@ def build_parser() -> cli.Parser:
         help="full precision until there are N tokens (default 0)",
     )
     cache.add_argument(
+        "--no-memory-plan",
+        action="store_true",
+        help="do not work out beforehand whether prompt and reply fit into memory",
+    )
+    cache.add_argument(
         "--prefill-step-size",
         type=cli.number(int, 1),
         metavar="N",
@@ -133,6 +142,8 @@ def build_parser() -> cli.Parser:
         "with checkpoints)",
     )
     checkpoint_options.add_flags(cache)
+    draft_flags.add_flags(p)
+    prompt_list.add_flags(p)
     stats.add_flags(p)
     for flags, reason in _REFUSED.items():
         p.add_argument(*flags.split(), action=cli.Refuse, reason=reason)
@@ -141,8 +152,6 @@ def build_parser() -> cli.Parser:
 
 _REFUSED = {
     "--max-kv-size": "recurrent state cannot forget single tokens. Use --max-context or --kv-bits.",
-    "--draft-model": "speculative decoding needs to take tokens back, hybrid models cannot yet.",
-    "--num-draft-tokens": "speculative decoding is not there for hybrid models yet.",
     "--image": "HydraHead models read text only.",
     "--trust-remote-code": "no code of a model folder is ever run; leave it out.",
     "--quantize-activations -qa": "only weights, keys and values can be quantised.",
@@ -167,6 +176,8 @@ def check_flags(args: argparse.Namespace):
         UsageError: The first such flag.
     """
     stats.resolve(args)
+    draft_flags.check(args)
+    prompt_list.check(args)
     for name in ("kv_group_size", "quantized_kv_start"):
         if getattr(args, name) is not None and args.kv_bits is None:
             raise UsageError(f"{sampling.flag(name)} has no effect without --kv-bits.")
@@ -229,7 +240,8 @@ def work(args: argparse.Namespace) -> int:
         config=prompts.parse_template_config(args.chat_template_config),
     )
     given = [*args.prompt, *([] if args.prompt_flag is None else [args.prompt_flag])]
-    prompt = read_prompt(given, args.file)
+    many = args.prompts is not None
+    texts = prompt_list.read(args, given) if many else [read_prompt(given, args.file)]
     note: Callable = (lambda line: None) if args.quiet else cli.say
 
     from . import loading
@@ -243,15 +255,44 @@ def work(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     tokenizer = loading.load_tokenizer(folder)
     prompts.add_end_tokens(tokenizer, args.extra_eos_token)
-    request = prompts.plan(args, prompt, chat, tokenizer, loading.read_config(folder), note)
+    config = loading.read_config(folder)
+    requests = [prompts.plan(args, text, chat, tokenizer, config, note) for text in texts]
+    draft = draft_flags.load_draft(args, tokenizer)
     model = loading.load_model(folder, args.dtype, check=args.check_weights)
     if args.adapter_path is not None:
         load_adapters(model, args.adapter_path)
     load_s = time.perf_counter() - start
+    if many:
+        return prompt_list.reply(args, options, tokenizer, model, requests, note)
+    drafts, request = draft_flags.make(args, model, draft), requests[0]
     start = time.perf_counter()
     sequence = request.make_sequence(model, points, note, args.quantized_kv_start or 0)
     load_s += time.perf_counter() - start
-    return reply(args, options, tokenizer, sequence, request, load_s, note)
+    return reply(args, options, tokenizer, sequence, request, load_s, note, drafts)
+
+
+def plan_memory(args: argparse.Namespace, sequence: Any, request: Any, note: Callable):
+    """Say what a long prompt takes in memory.
+
+    Raises:
+        UsageError: Prompt and reply do not fit.
+    """
+    from .cache import cache_bytes
+    from .generation import REPLY_ROOM, is_hydra, prefill_step
+    from .machine import machine
+    from .memory_plan import check, plan_of
+
+    model = sequence.model
+    if not is_hydra(model):
+        return
+    reply_tokens = REPLY_ROOM if request.max_tokens == -1 else request.max_tokens
+    tokens, few = len(request.ids) + reply_tokens, None
+    if request.kv_bits is not None and not args.quantized_kv_start:
+        bits = request.kv_bits
+        few = (*(bits if isinstance(bits, tuple) else (bits, bits)), request.kv_group_size)
+    points = sequence.checkpoints.most_bytes(model, tokens) if sequence.keeps_checkpoints else 0
+    plan = plan_of(model, tokens, prefill_step(sequence, args.prefill_step_size), few, points)
+    check(plan, machine(), len(request.ids) - request.kept, note, sum(cache_bytes(sequence.cache)))
 
 
 def reply(
@@ -262,6 +303,7 @@ def reply(
     request: Any,
     load_s: float,
     note: Callable,
+    drafts: Any = None,
 ) -> int:
     """Generate, print, save the prompt cache, print the figures; returns the exit code."""
     from .generation import stream_generate
@@ -270,6 +312,8 @@ def reply(
     model = sequence.model
     if sampling.vocab_size(model) is not None:
         options.check_vocab(sampling.vocab_size(model))
+    if not args.no_memory_plan:
+        plan_memory(args, sequence, request, note)
     sampler, processors = options.make(tokenizer)
     seed = options.apply_seed()
     out, tokens = cli.Reply(), []
@@ -289,6 +333,8 @@ def reply(
             progress=lambda done, total: bar("prompt", done, total),
             should_stop=lambda: interrupt() or out.broken,
             sequence=sequence,
+            drafts=drafts,
+            law=options.law(tokenizer),
         ):
             stack.close()
             if part.token is not None:

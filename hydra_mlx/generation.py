@@ -66,6 +66,8 @@ def stream_generate(
     should_stop: Callable | None = None,
     cached_tokens: Sequence = (),
     sequence: CachedSequence | None = None,
+    drafts: Any = None,
+    law: Callable | None = None,
 ) -> Iterator[Part]:
     """Generate a reply; yields a Part for each token.
 
@@ -86,6 +88,8 @@ def stream_generate(
         cached_tokens: Ids of what prompt_cache holds, for penalties that look back.
         sequence: Instead of prompt_cache: the prompt is then the whole one, of which the sequence
             keeps what it can, going back as far as needed.
+        drafts: LookupDrafts or ModelDrafts for speculative decoding (speculative.py); processors
+            must then depend on their arguments alone. law: SamplingOptions.law, with ModelDrafts.
 
     Raises:
         UsageError: At once, for arguments that cannot be honoured.
@@ -109,9 +113,9 @@ def stream_generate(
         raise UsageError("A sequence has a cache, its tokens and its kv-bits: give no others.")
     elif sequence.model is not model:
         raise UsageError("The sequence belongs to another model.")
-    if prefill_step_size is None and not sequence.keeps_checkpoints:
-        prefill_step_size = PREFILL_STEP
+    step = prefill_step(sequence, prefill_step_size)
     run = _Run(sequence, ids, whole, tokenizer, StopMatcher(stops), progress, should_stop)
+    run.drafts = drafts
 
     def reply(rest: list) -> Iterator[int]:
         return sequence.generate(
@@ -119,9 +123,11 @@ def stream_generate(
             max_tokens,
             sampler,
             logits_processors,
-            prefill_step_size,
+            step,
             run.between,
             run.should_stop,
+            drafts,
+            law,
         )
 
     return run.parts(reply, max_tokens)
@@ -157,6 +163,13 @@ def make_sequence(
     return CachedSequence(model, checkpoints, cache, tokens, kv)
 
 
+def prefill_step(sequence: CachedSequence, asked: int | None = None) -> int:
+    """Tokens of a prefill call at most: what was asked for, within the checkpoints' grid."""
+    every = sequence.checkpoints.grid.every if sequence.keeps_checkpoints else None
+    step = asked or every or PREFILL_STEP
+    return min(step, every or step)
+
+
 class _Run:
     """One reply: the loop and what is counted in it."""
 
@@ -167,6 +180,7 @@ class _Run:
         self.should_stop = should_stop or (lambda: False)
         self.held = self.total = self.processed = self.generated = 0
         self.start = self.first = self.last = None
+        self.drafts = None
 
     def between(self, done: int, total: int):
         """After each call of the prompt, and with done == total when the first token is there."""
@@ -233,6 +247,8 @@ class _Run:
         prompt_s = None if self.first is None else self.first - self.start
         reply_s = None if self.generated < 2 else self.last - self.first
         kv, state = caches.cache_bytes(self.sequence.cache)
+        tally = None if self.drafts is None else self.drafts.tally
+        passes = (None,) * 3 if tally is None else (tally.passes, tally.drafted, tally.accepted)
         return Timings(
             prompt_tokens=self.held + self.total,
             cached_tokens=self.held,
@@ -248,6 +264,9 @@ class _Run:
             kv=caches.describe(self.sequence.cache),
             finish_reason=reason,
             kernels=kernels,
+            passes=passes[0],
+            drafted_tokens=passes[1],
+            accepted_tokens=passes[2],
         )
 
 

@@ -7,7 +7,6 @@ gamma, norm weights and head order folded into the output projection.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +16,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from . import ops
 from .cache import CONV, STATE
 from .config import HydraArgs, layer_heads
+from .fused import fused_bias, fused_rows
 from .layer_kernels import LayerKernels
 from .step import Projected, Step
 
@@ -42,9 +42,19 @@ class Mixer(nn.Module):
 
     def __call__(self, x: mx.array, step: Step, kv: Any = None, arrays: Any = None) -> mx.array:
         p = self.project(x)
+        if step.kept is not None and self.heads.la:
+            step.kept.append((self, arrays, p))
         y_fa = self.full_attention(p, step, kv) if self.heads.fa else None
         y_la = self.linear_attention(p, step, arrays) if self.heads.la else None
         return self.output(y_fa, y_la)
+
+    def advance(self, p: Projected, n: int, step: Step, arrays: Any):
+        """Move conv tail and state by the first n tokens of a pass.
+
+        Args:
+            p: What step.kept got. step: Of that pass. arrays: The entry, as before the pass.
+        """
+        self.linear_attention(p.first(n), step, arrays)
 
     def full_attention(self, p: Projected, step: Step, kv: Any) -> mx.array:
         """FA heads up to and with the fusion norm; [B, T, Hf, D] in stored head order."""
@@ -212,51 +222,6 @@ class SpecMixer(Mixer):
         return self.o_proj(y.flatten(2))
 
 
-@dataclass(frozen=True)
-class FusedRows:
-    """Row blocks of the fused input projection, in order; each is a number of rows.
-
-    la_qkv 3*Hl*D (q, k, v), la_gate Hl*D or 0, fa_q Hf*D, fa_k and fa_v Hk*D each, fa_gate Hf*D,
-    Hf or 0.
-    """
-
-    la_qkv: int
-    la_gate: int
-    fa_q: int
-    fa_k: int
-    fa_v: int
-    fa_gate: int
-
-    @property
-    def total(self) -> int:
-        """Rows in all."""
-        return sum(vars(self).values())
-
-    @property
-    def ends(self) -> list:
-        """Where each block but the last ends."""
-        ends, n = [], 0
-        for rows in list(vars(self).values())[:-1]:
-            n += rows
-            ends.append(n)
-        return ends
-
-
-def fused_rows(args: HydraArgs, layer: int) -> FusedRows:
-    """Row blocks of one layer's fused input projection."""
-    heads, D = layer_heads(args, layer, "fused"), args.head_dim
-    Hf, Hl, Hk = len(heads.fa), len(heads.la), len(heads.kv)
-    gate = {None: 0, "headwise": Hf, "elementwise": Hf * D}[args.fa_gate]
-    la_gate = 0 if args.la_output_gate is None else Hl * D
-    return FusedRows(3 * Hl * D, la_gate, Hf * D, Hk * D, Hk * D, gate)
-
-
-def fused_bias(args: HydraArgs, layer: int) -> bool:
-    """Whether the fused input projection has a bias: the FA gate's, or attention_bias."""
-    has_gate = args.fa_gate is not None and bool(args.full_attention_heads[layer])
-    return has_gate or args.attention_bias
-
-
 class FusedMixer(Mixer):
     """The inference form of the layer (spec section 1, last paragraph)."""
 
@@ -287,12 +252,20 @@ class FusedMixer(Mixer):
 
     def __call__(self, x: mx.array, step: Step, kv: Any = None, arrays: Any = None) -> mx.array:
         rows, ab = self.in_proj(x), self.ab_proj(x) if self.heads.la else None
+        if step.kept is not None and self.heads.la:
+            step.kept.append((self, arrays, (rows, ab)))
         y = None
         if step.backend is not None and self.heads.fa and self.heads.la:
             y = self.kernels.both(self, rows, ab, step, kv, arrays)
         if y is None:
             y = self.by_kind(rows, ab, step, kv, arrays)
         return self.o_proj(y)
+
+    def advance(self, p: tuple, n: int, step: Step, arrays: Any):
+        """As Mixer.advance; p is (rows [B, T, W], ab [B, T, 2*Hl])."""
+        rows, ab = (mx.contiguous(x[:, :n]) for x in p)
+        if step.backend is None or self.kernels.linear_step(self, rows, ab, step, arrays) is None:
+            self.linear_attention(self.split(rows, ab), step, arrays)
 
     def by_kind(
         self, rows: mx.array, ab: mx.array | None, step: Step, kv: Any, arrays: Any
