@@ -166,7 +166,7 @@ def read(args: argparse.Namespace) -> int:
         cli.say(f"{out} holds this document already, {count(len(ids), 'token')}.")
         return 0
     job.start(old, points)
-    note(job.plan(out))
+    job.plan(out, args.prefill_step_size, note)
     if job.kept:
         note(f"{out} has {job.kept:,} of them; {len(ids) - job.kept:,} to read.")
     start = time.perf_counter()
