@@ -187,7 +187,9 @@ def test_flags(program, report, out, make_model_dir, tmp_path):
     refused(read(program, *flags, "--model", make_model_dir(seed=1)), "another model")
     assert out.read_bytes() == before
     out.write_bytes(before[:-1])
-    refused(read(program, *flags), "incomplete")
+    result = read(program, *flags)
+    refused(result, "incomplete", " --overwrite")
+    assert "--prompt-cache-overwrite" not in result[2]
     ok(read(program, *flags, "--overwrite"))
     assert os.listdir(tmp_path) and not [p for p in tmp_path.iterdir() if p.name[0] == "."]
 
