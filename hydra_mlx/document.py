@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint_options, cli
-from .errors import CacheError, UsageError
+from .errors import CacheError, HydraError, UsageError
 from .generate import parse_bits
 from .text import count, join, rate, read_file, read_stdin, size
 
@@ -130,6 +130,14 @@ def lay_out(tokenizer: Any, document: str, chat: Any) -> tuple:
 
 def read(args: argparse.Namespace) -> int:
     """`cache read`; returns the exit code."""
+    try:
+        return _read(args)
+    except HydraError as e:  # the hints are those of generate, whose flag has a longer name
+        hint = e.hint.replace("--prompt-cache-overwrite", "--overwrite")
+        raise type(e)(e.message, hint) from e
+
+
+def _read(args: argparse.Namespace) -> int:
     from . import loading, prompts
     from .prompt_cache import check_target, load_cache
 
@@ -166,7 +174,7 @@ def read(args: argparse.Namespace) -> int:
         cli.say(f"{out} holds this document already, {count(len(ids), 'token')}.")
         return 0
     job.start(old, points)
-    note(job.plan(out))
+    job.plan(out, args.prefill_step_size, note)
     if job.kept:
         note(f"{out} has {job.kept:,} of them; {len(ids) - job.kept:,} to read.")
     start = time.perf_counter()
