@@ -1,0 +1,155 @@
+"""What /set changes: the flags of a reply, by the same names and with the same checks."""
+
+import argparse
+import re
+import shlex
+from typing import Any
+
+from . import cli, sampling
+from .chat_view import THINKING
+from .errors import UsageError
+from .session import How
+
+MAX_TOKENS = 2048
+ALONE = "`/set` alone shows all of them."
+
+
+def add_flags(p: argparse.ArgumentParser):
+    """The flags of a reply, for the program and for /set."""
+    p.add_argument(
+        "--max-tokens",
+        "-m",
+        type=cli.number(int, -1),
+        default=MAX_TOKENS,
+        metavar="N",
+        help=f"longest reply; -1 is no limit (default {MAX_TOKENS})",
+    )
+    p.add_argument(
+        "--max-context",
+        type=cli.number(int, 1),
+        metavar="N",
+        help="tokens that the conversation may have; a message over it is refused",
+    )
+    p.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+    )
+    p.add_argument(
+        "--thinking",
+        choices=THINKING,
+        default="dim",
+        help="what to do with a model's thinking (default dim)",
+    )
+    p.add_argument(
+        "--stats",
+        choices=("off", "text", "json"),
+        default="off",
+        help="figures of each reply on stderr (default off)",
+    )
+    sampling.add_flags(p)
+
+
+class Settings:
+    """The settings of a chat.
+
+    Attributes:
+        values: A namespace of what add_flags makes. sampling: SamplingOptions of it.
+    """
+
+    def __init__(self, args: argparse.Namespace, vocab: int | None = None):
+        """Settings from a program's flags.
+
+        Args:
+            vocab: The model's tokens, for what depends on them; see check_vocab.
+
+        Raises:
+            UsageError: Values that are out of range, or would do nothing.
+        """
+        self._parser = cli.Parser("/set", "")
+        add_flags(self._parser)
+        names = [a.dest for a in self._parser._actions if a.dest != "help"]
+        self.values = argparse.Namespace(**{n: getattr(args, n) for n in names})
+        self.vocab = vocab
+        self.sampling = self._checked(self.values)
+        self._made = None
+
+    def _checked(self, values: argparse.Namespace) -> sampling.SamplingOptions:
+        if "" in values.stop:
+            raise UsageError("--stop is empty, which would end every reply at once.")
+        if values.max_tokens == 0:
+            raise UsageError("--max-tokens is 0, which leaves no room for a reply.")
+        options = sampling.from_args(values)
+        if self.vocab is not None:
+            options.check_vocab(self.vocab)
+        return options
+
+    def set(self, text: str) -> list:
+        """Change some, all or none of them.
+
+        Args:
+            text: "temp 0.7 top-p 0.9"; "default" takes a value back; of `stop` and `logit-bias`
+                the rest of the line.
+
+        Returns:
+            Names of what was changed.
+
+        Raises:
+            UsageError: An unknown name, or a value that the flag would not take.
+        """
+        pairs = self._pairs(text)
+        values = argparse.Namespace(**{**vars(self.values), "stop": []})
+        argv, back = [], []
+        for name, value in pairs:
+            if name not in vars(self.values):
+                raise UsageError(f"{name.replace('_', '-')!r} is not a setting.", ALONE)
+            if value == "default":
+                back.append(name)
+            else:
+                argv.append(f"{sampling.flag(name)}={value}")
+        try:
+            self._parser.parse_args(argv, values)
+            for name in back:
+                setattr(values, name, self._parser.get_default(name))
+            if "stop" not in (name for name, _ in pairs):
+                values.stop = self.values.stop
+            options = self._checked(values)
+        except UsageError as e:
+            plain = re.sub(r"--([a-z])", r"\1", e.message.removeprefix("/set: argument "))
+            hint = re.sub(r"--([a-z])", r"\1", e.hint) if "Add" in e.hint else ALONE
+            raise UsageError(plain, hint) from None
+        self.values, self.sampling, self._made = values, options, None
+        return [name for name, _ in pairs]
+
+    def _pairs(self, text: str) -> list:
+        name, _, rest = text.strip().partition(" ")
+        name = name.replace("-", "_")
+        if name in ("stop", "logit_bias") and rest.strip():
+            return [(name, rest.strip())]
+        try:
+            words = [w for word in shlex.split(text) for w in word.split("=", 1)]
+        except ValueError:
+            words = []
+        if not words or len(words) % 2:
+            raise UsageError(
+                f"/set {text.strip()[:60]}: expected names and values, such as /set temp 0.7.",
+                ALONE,
+            )
+        return [(n.replace("-", "_"), v) for n, v in zip(words[::2], words[1::2], strict=True)]
+
+    def lines(self) -> list:
+        """One for each setting: name, value, and whether it is the default's."""
+        found, width = [], max(map(len, vars(self.values)))
+        for name, value in vars(self.values).items():
+            star = "" if value == self._parser.get_default(name) else "  (changed)"
+            if isinstance(value, list):
+                value = ", ".join(map(repr, value))
+            value = "none" if value in (None, "") else value
+            found.append(f"{name.replace('_', '-'):<{width}}  {value}{star}")
+        return found
+
+    def how(self, tokenizer: Any) -> How:
+        """For Session.reply."""
+        if self._made is None:
+            self._made = self.sampling.make(tokenizer)
+        sampler, processors = self._made
+        v = self.values
+        return How(v.max_tokens, sampler, processors, tuple(v.stop), v.max_context)
