@@ -140,12 +140,13 @@ class Checkpoints:
         latest = sum(x.nbytes for pair in self._latest or () for x in pair if x is not None)
         return latest + sum(c.nbytes for c in self._held)
 
-    def note(self, cache: list, mark: bool = False):
+    def note(self, cache: list, mark: bool = False, rejected: Sequence = ()):
         """Say that a forward call is done; keeps a checkpoint where one is due.
 
         Args:
             cache: The sequence's cache, noted since it was empty. mark: Keep this position,
-                whether or not on the grid.
+                whether or not on the grid. rejected: Ids that the call had beyond those that the
+                cache holds now (trial.py).
 
         Raises:
             CacheError: The cache is shorter than at the last note.
@@ -159,7 +160,7 @@ class Checkpoints:
         slots = slots_of(cache)
         if now > before:
             self._latest = None  # broken off in the next lines, nothing but a replay is right
-            self.calls.add(now - before)
+            self.calls.add(now - before, rejected)
             self.furthest = max(self.furthest, now)
         self._latest = slots
         # A call over several lines stands for the one that thinning keeps longest.

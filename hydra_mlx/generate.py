@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import checkpoint_options, cli, prompts, sampling, stats
+from . import checkpoint_options, cli, draft_flags, prompt_list, prompts, sampling, stats
 from .errors import CheckpointError, UsageError
 from .text import count, first_line, read_prompt
 
@@ -133,6 +133,8 @@ def build_parser() -> cli.Parser:
         "with checkpoints)",
     )
     checkpoint_options.add_flags(cache)
+    draft_flags.add_flags(p)
+    prompt_list.add_flags(p)
     stats.add_flags(p)
     for flags, reason in _REFUSED.items():
         p.add_argument(*flags.split(), action=cli.Refuse, reason=reason)
@@ -141,8 +143,6 @@ def build_parser() -> cli.Parser:
 
 _REFUSED = {
     "--max-kv-size": "recurrent state cannot forget single tokens. Use --max-context or --kv-bits.",
-    "--draft-model": "speculative decoding needs to take tokens back, hybrid models cannot yet.",
-    "--num-draft-tokens": "speculative decoding is not there for hybrid models yet.",
     "--image": "HydraHead models read text only.",
     "--trust-remote-code": "no code of a model folder is ever run; leave it out.",
     "--quantize-activations -qa": "only weights, keys and values can be quantised.",
@@ -167,6 +167,8 @@ def check_flags(args: argparse.Namespace):
         UsageError: The first such flag.
     """
     stats.resolve(args)
+    draft_flags.check(args)
+    prompt_list.check(args)
     for name in ("kv_group_size", "quantized_kv_start"):
         if getattr(args, name) is not None and args.kv_bits is None:
             raise UsageError(f"{sampling.flag(name)} has no effect without --kv-bits.")
@@ -229,7 +231,8 @@ def work(args: argparse.Namespace) -> int:
         config=prompts.parse_template_config(args.chat_template_config),
     )
     given = [*args.prompt, *([] if args.prompt_flag is None else [args.prompt_flag])]
-    prompt = read_prompt(given, args.file)
+    many = args.prompts is not None
+    texts = prompt_list.read(args, given) if many else [read_prompt(given, args.file)]
     note: Callable = (lambda line: None) if args.quiet else cli.say
 
     from . import loading
@@ -243,15 +246,20 @@ def work(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     tokenizer = loading.load_tokenizer(folder)
     prompts.add_end_tokens(tokenizer, args.extra_eos_token)
-    request = prompts.plan(args, prompt, chat, tokenizer, loading.read_config(folder), note)
+    config = loading.read_config(folder)
+    requests = [prompts.plan(args, text, chat, tokenizer, config, note) for text in texts]
+    draft = draft_flags.load_draft(args, tokenizer)
     model = loading.load_model(folder, args.dtype, check=args.check_weights)
     if args.adapter_path is not None:
         load_adapters(model, args.adapter_path)
     load_s = time.perf_counter() - start
+    if many:
+        return prompt_list.reply(args, options, tokenizer, model, requests, note)
+    drafts, request = draft_flags.make(args, model, draft), requests[0]
     start = time.perf_counter()
     sequence = request.make_sequence(model, points, note, args.quantized_kv_start or 0)
     load_s += time.perf_counter() - start
-    return reply(args, options, tokenizer, sequence, request, load_s, note)
+    return reply(args, options, tokenizer, sequence, request, load_s, note, drafts)
 
 
 def reply(
@@ -262,6 +270,7 @@ def reply(
     request: Any,
     load_s: float,
     note: Callable,
+    drafts: Any = None,
 ) -> int:
     """Generate, print, save the prompt cache, print the figures; returns the exit code."""
     from .generation import stream_generate
@@ -289,6 +298,8 @@ def reply(
             progress=lambda done, total: bar("prompt", done, total),
             should_stop=lambda: interrupt() or out.broken,
             sequence=sequence,
+            drafts=drafts,
+            law=options.law(tokenizer),
         ):
             stack.close()
             if part.token is not None:

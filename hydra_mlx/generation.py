@@ -66,6 +66,8 @@ def stream_generate(
     should_stop: Callable | None = None,
     cached_tokens: Sequence = (),
     sequence: CachedSequence | None = None,
+    drafts: Any = None,
+    law: Callable | None = None,
 ) -> Iterator[Part]:
     """Generate a reply; yields a Part for each token.
 
@@ -86,6 +88,8 @@ def stream_generate(
         cached_tokens: Ids of what prompt_cache holds, for penalties that look back.
         sequence: Instead of prompt_cache: the prompt is then the whole one, of which the sequence
             keeps what it can, going back as far as needed.
+        drafts: LookupDrafts or ModelDrafts for speculative decoding (speculative.py); processors
+            must then depend on their arguments alone. law: SamplingOptions.law, with ModelDrafts.
 
     Raises:
         UsageError: At once, for arguments that cannot be honoured.
@@ -112,6 +116,7 @@ def stream_generate(
     if prefill_step_size is None and not sequence.keeps_checkpoints:
         prefill_step_size = PREFILL_STEP
     run = _Run(sequence, ids, whole, tokenizer, StopMatcher(stops), progress, should_stop)
+    run.drafts = drafts
 
     def reply(rest: list) -> Iterator[int]:
         return sequence.generate(
@@ -122,6 +127,8 @@ def stream_generate(
             prefill_step_size,
             run.between,
             run.should_stop,
+            drafts,
+            law,
         )
 
     return run.parts(reply, max_tokens)
@@ -167,6 +174,7 @@ class _Run:
         self.should_stop = should_stop or (lambda: False)
         self.held = self.total = self.processed = self.generated = 0
         self.start = self.first = self.last = None
+        self.drafts = None
 
     def between(self, done: int, total: int):
         """After each call of the prompt, and with done == total when the first token is there."""
@@ -233,6 +241,8 @@ class _Run:
         prompt_s = None if self.first is None else self.first - self.start
         reply_s = None if self.generated < 2 else self.last - self.first
         kv, state = caches.cache_bytes(self.sequence.cache)
+        tally = None if self.drafts is None else self.drafts.tally
+        passes = (None,) * 3 if tally is None else (tally.passes, tally.drafted, tally.accepted)
         return Timings(
             prompt_tokens=self.held + self.total,
             cached_tokens=self.held,
@@ -248,6 +258,9 @@ class _Run:
             kv=caches.describe(self.sequence.cache),
             finish_reason=reason,
             kernels=kernels,
+            passes=passes[0],
+            drafted_tokens=passes[1],
+            accepted_tokens=passes[2],
         )
 
 

@@ -42,9 +42,19 @@ class Mixer(nn.Module):
 
     def __call__(self, x: mx.array, step: Step, kv: Any = None, arrays: Any = None) -> mx.array:
         p = self.project(x)
+        if step.kept is not None and self.heads.la:
+            step.kept.append((self, arrays, p))
         y_fa = self.full_attention(p, step, kv) if self.heads.fa else None
         y_la = self.linear_attention(p, step, arrays) if self.heads.la else None
         return self.output(y_fa, y_la)
+
+    def advance(self, p: Projected, n: int, step: Step, arrays: Any):
+        """Move conv tail and state by the first n tokens of a pass.
+
+        Args:
+            p: What step.kept got. step: Of that pass. arrays: The entry, as before the pass.
+        """
+        self.linear_attention(p.first(n), step, arrays)
 
     def full_attention(self, p: Projected, step: Step, kv: Any) -> mx.array:
         """FA heads up to and with the fusion norm; [B, T, Hf, D] in stored head order."""
@@ -287,12 +297,20 @@ class FusedMixer(Mixer):
 
     def __call__(self, x: mx.array, step: Step, kv: Any = None, arrays: Any = None) -> mx.array:
         rows, ab = self.in_proj(x), self.ab_proj(x) if self.heads.la else None
+        if step.kept is not None and self.heads.la:
+            step.kept.append((self, arrays, (rows, ab)))
         y = None
         if step.backend is not None and self.heads.fa and self.heads.la:
             y = self.kernels.both(self, rows, ab, step, kv, arrays)
         if y is None:
             y = self.by_kind(rows, ab, step, kv, arrays)
         return self.o_proj(y)
+
+    def advance(self, p: tuple, n: int, step: Step, arrays: Any):
+        """As Mixer.advance; p is (rows [B, T, W], ab [B, T, 2*Hl])."""
+        rows, ab = (mx.contiguous(x[:, :n]) for x in p)
+        if step.backend is None or self.kernels.linear_step(self, rows, ab, step, arrays) is None:
+            self.linear_attention(self.split(rows, ab), step, arrays)
 
     def by_kind(
         self, rows: mx.array, ab: mx.array | None, step: Step, kv: Any, arrays: Any

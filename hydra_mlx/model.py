@@ -88,6 +88,7 @@ class HydraModel(nn.Module):
         inputs: mx.array,
         cache: list | None = None,
         input_embeddings: mx.array | None = None,
+        kept: list | None = None,
     ) -> mx.array:
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         layout = self.layout
@@ -102,6 +103,7 @@ class HydraModel(nn.Module):
             create_attention_mask(h, counter),
             create_ssm_mask(h, arrays),
             None if self.training else backend(),
+            kept,
         )
         wait = step.backend is not None and h.shape[1] >= LONG_STEP
         for i, (layer, kv, ar) in enumerate(zip(self.layers, layout.kv, layout.arrays)):  # noqa: B905

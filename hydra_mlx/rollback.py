@@ -7,7 +7,7 @@ between are read again. How exact that is:
   from a checkpoint, which lies at the beginning of a call, and cuts the last one at the position.
   Every key, value, tail and state is then bit for bit that of a fresh run with the same calls, on
   the same kernels. No call is ever split inside, so the chunks of 64 tokens of ops.gated_delta
-  fall where they fell.
+  fall where they fell. A call of which tokens were taken back (trial.py) is replayed with them.
 - reuse() goes back to a checkpoint and replays nothing. append() ends its calls at multiples of
   its step, whatever position it starts from, so reuse() to a multiple and append() give bit for
   bit the cache of a fresh append() of the new tokens. Checkpoints on the grid are multiples.
@@ -29,6 +29,7 @@ from .checkpoints import Checkpoint, Checkpoints, slots_of
 from .config import HydraArgs
 from .errors import CacheError, UsageError
 from .kv_cache import HydraKVCache, kv_format
+from .trial import Trial
 
 KINDS = (HydraKVCache, KVCache, QuantizedKVCache, ArraysCache)  # what can go back
 BLOCK = 4096  # ids compared at a time
@@ -173,16 +174,25 @@ def _go_back(
     if point is not None:
         point.read()
     if exact:
-        plan = list(checkpoints.calls.between(start, position))
+        calls = checkpoints.calls
+        # What the last call rejected does not matter where it is cut.
+        plan = [
+            (a, b, calls.rejected(a) if calls.begins(b) else ())
+            for a, b in calls.between(start, position)
+        ]
     else:
         N = checkpoints.grid.every
-        plan = [(a, min(a + N, position)) for a in range(start, position, N)]
+        plan = [(a, min(a + N, position), ()) for a in range(start, position, N)]
     checkpoints.cut(start)  # first: whatever breaks off what follows, a rollback can mend it
     _restore(cache, point, start)
     ids = _ids(tokens[start:position])
-    for a, b in plan:
-        _forward(model, cache, ids[a - start : b - start])
-        checkpoints.note(cache)
+    for a, b, rejected in plan:
+        if rejected:
+            Trial(model, cache, [*tokens[a:b], *rejected]).keep(b - a)
+            mx.eval([c.state for c in cache])
+        else:
+            _forward(model, cache, ids[a - start : b - start])
+        checkpoints.note(cache, rejected=rejected)
     checkpoints.note(cache)
     return position - start
 

@@ -6,6 +6,7 @@ And which token ids a model knows, which biases and prompts must keep to.
 import json
 import math
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -109,7 +110,6 @@ class SamplingOptions:
         """(sampler, logits processors) for stream_generate; never looks at the seed."""
         from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-        keep = [*tokenizer.encode("\n", add_special_tokens=False), *tokenizer.eos_token_ids]
         sampler = make_sampler(
             self.temp,
             self.top_p,
@@ -118,7 +118,7 @@ class SamplingOptions:
             top_k=self.top_k,
             xtc_probability=self.xtc_probability,
             xtc_threshold=self.xtc_threshold,
-            xtc_special_tokens=keep,
+            xtc_special_tokens=self._kept(tokenizer),
         )
         processors = make_logits_processors(
             self.logit_bias,
@@ -130,6 +130,39 @@ class SamplingOptions:
             self.frequency_context_size,
         )
         return sampler, processors
+
+    def _kept(self, tokenizer: Any) -> list:
+        """Tokens that XTC never excludes."""
+        return [*tokenizer.encode("\n", add_special_tokens=False), *tokenizer.eos_token_ids]
+
+    def law(self, tokenizer: Any) -> Callable | None:
+        """What the sampler of make() draws from, for drafts that are drawn themselves.
+
+        Returns:
+            log-probabilities [1, V] -> those of the draw [1, V], up to a constant; with XTC each
+            call throws its die anew, as each draw does. None at temperature 0.
+        """
+        from mlx_lm import sample_utils as stock
+
+        if self.temp == 0:
+            return None
+        kept, filters = self._kept(tokenizer), []  # in make_sampler's order
+        if self.top_p < 1:
+            filters.append(lambda x: stock.apply_top_p(x, self.top_p))
+        if self.min_p:
+            filters.append(lambda x: stock.apply_min_p(x, self.min_p, self.min_tokens_to_keep))
+        if self.xtc_probability:
+            xtc = self.xtc_probability, self.xtc_threshold
+            filters.append(lambda x: stock.apply_xtc(x, *xtc, kept))
+        if self.top_k:
+            filters.append(lambda x: stock.apply_top_k(x, self.top_k))
+
+        def law(logprobs):
+            for apply in filters:
+                logprobs = apply(logprobs)
+            return logprobs * (1 / self.temp)
+
+        return law
 
     def apply_seed(self) -> int | None:
         """Seed MLX's generator; returns the seed, so that a run can be repeated.

@@ -9,8 +9,10 @@ A model whose cache cannot go back (see rollback.obstacle) works too; its sequen
 or begun anew.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +24,7 @@ from . import rollback
 from .checkpoints import MOST, Checkpoints
 from .config import HydraArgs
 from .errors import CacheError, UsageError
+from .speculative import Decoder, Judge
 
 EVERY = 512  # tokens between checkpoints, and of a prefill call
 NEVER = 1 << 62
@@ -86,7 +89,7 @@ class CachedSequence:
         self.cache = self._fresh() if cache is None else cache
         self.obstacle = rollback.obstacle(model, self.cache)
         self._ids = [int(t) for t in tokens]
-        self._under_way = False
+        self._under_way = self._lent = False
         held = self._held()
         if not self._ids:
             self._ids = [UNKNOWN] * held
@@ -188,8 +191,13 @@ class CachedSequence:
         step: int | None = None,
         progress: Callable | None = None,
         should_stop: Callable | None = None,
+        drafts: Any = None,
+        law: Callable | None = None,
     ) -> Iterator[int]:
         """Read the rest of a prompt and reply; yields ids, each part of the sequence by then.
+
+        With drafts the sequence can be behind or ahead of the reply between two ids; when the
+        generator ends or is closed, it is exactly the prompt and what was yielded.
 
         Marks are kept before the last token of the prompt, from where another reply can be asked
         for, and where the reply ends. One step is always under way ahead of the token yielded.
@@ -201,18 +209,25 @@ class CachedSequence:
             step, progress: As in read; progress also says when the first token is there.
             should_stop: Asked before each call of the prompt; True ends it without a reply, and
                 the sequence holds what was read.
+            drafts: From drafts.py, for speculative decoding; None decodes token by token.
+            law: Of the sampler, for drafts that are sampled too: see speculative.Judge.
 
         Raises:
-            UsageError: No tokens.
+            UsageError: No tokens, or drafts for a cache that cannot go back.
         """
         ids = [int(t) for t in tokens]
         if not ids:
             raise UsageError("The prompt has no tokens.")
+        if drafts is None:
+            processors = list(logits_processors or ())
+            sampler = sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
+            reply = partial(self._decode, ids[-1], max_tokens, sampler, processors)
+        else:
+            judge = Judge(sampler, logits_processors or (), law)
+            reply = Decoder(self, drafts, judge, ids[-1], max_tokens, should_stop).tokens
         return self._generate(
             ids,
-            max_tokens,
-            sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1)),
-            list(logits_processors or ()),
+            reply,
             step,
             progress or (lambda done, total: None),
             should_stop or (lambda: False),
@@ -255,6 +270,27 @@ class CachedSequence:
         if not self.obstacle:
             self.checkpoints.note(self.cache, True)
 
+    def begin(self):
+        """A call is under way that someone else makes; until `extended`, mend() undoes it."""
+        self._under_way = True
+
+    def extended(self, tokens: Sequence, rejected: Sequence = ()):
+        """The cache has read these tokens in one call, and some that were taken back."""
+        self.kv(self.cache)
+        self._ids += tokens
+        self._note(len(tokens), rejected)
+
+    def lend(self):
+        """Give the cache away, to a batch; until `returned`, the sequence cannot be used."""
+        self._lent = True
+        self.cache[:] = make_prompt_cache(self.model)
+
+    def returned(self, cache: list, tokens: Sequence):
+        """Have a cache again that has read some more tokens; they count as one call."""
+        self._lent = False
+        self.cache[:] = cache
+        self.extended(tokens)
+
     def fork(self) -> "CachedSequence":
         """A second sequence of the same tokens; memory is shared until one of them writes."""
         self.mend()
@@ -265,7 +301,13 @@ class CachedSequence:
         return other
 
     def mend(self):
-        """Undo a call that was broken off: cache and tokens are those of the last whole one."""
+        """Undo a call that was broken off: cache and tokens are those of the last whole one.
+
+        Raises:
+            CacheError: The sequence is in a batch.
+        """
+        if self._lent:
+            raise CacheError("The sequence is in a batch; take it out first.")
         del self._ids[len(self) :]
         if not self._under_way:
             return
@@ -288,24 +330,25 @@ class CachedSequence:
             mx.eval([c.state for c in self.cache])
         self._note(len(ids))
 
-    def _note(self, n: int):
+    def _note(self, n: int, rejected: Sequence = ()):
         if self.obstacle:
             self.checkpoints.calls.add(n)
         else:
-            self.checkpoints.note(self.cache)
+            self.checkpoints.note(self.cache, rejected=rejected)
         self._under_way = False
 
-    def _generate(self, ids, max_tokens, sampler, processors, step, progress, should_stop):
+    def _generate(self, ids, reply, step, progress, should_stop):
         total, whole = len(ids), False
         try:
             progress(0, total)
             done = self.read(ids[:-1], step, lambda n, _: progress(n, total), should_stop, True)
             if done == total - 1 and not should_stop():
-                for token in self._decode(ids[-1], max_tokens, sampler, processors):
-                    if token is None:
-                        progress(total, total)
-                    else:
-                        yield token
+                with contextlib.closing(reply()) as found:
+                    for token in found:
+                        if token is None:
+                            progress(total, total)
+                        else:
+                            yield token
                 whole = True
         except GeneratorExit:
             whole = True

@@ -27,6 +27,8 @@ class Timings:
         kv: How keys and values are kept, in words.
         finish_reason: "stop", "length" or "interrupt".
         kernels: What the layers ran, in words; None for a model without kernels.
+        passes, drafted_tokens, accepted_tokens: With drafts: passes of the model over the newest
+            token and a draft, tokens guessed, and guessed rightly.
         load_s, device, blas, weights, seed: Filled in by the program, not by stream_generate.
     """
 
@@ -44,6 +46,9 @@ class Timings:
     kv: str
     finish_reason: str
     kernels: str | None = None
+    passes: int | None = None
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
     load_s: float | None = None
     device: str | None = None
     blas: str | None = None
@@ -68,6 +73,12 @@ class Timings:
             f"{text.size(self.kv_bytes)}, states {text.size(self.state_bytes)}",
             f"cache    {self.kv}",
         ]
+        if self.passes is not None:
+            each = (self.passes + self.accepted_tokens) / max(self.passes, 1)
+            lines.append(
+                f"drafts   {each:.2f} tokens a pass, {self.accepted_tokens:,} of "
+                f"{text.count(self.drafted_tokens, 'guessed token')} right"
+            )
         if self.kernels is not None:
             lines.append(f"kernels  {self.kernels}")
         if self.load_s is not None:

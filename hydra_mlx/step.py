@@ -25,6 +25,11 @@ class Projected:
     a: mx.array | None = None
     b: mx.array | None = None
 
+    def first(self, n: int) -> "Projected":
+        """The LA heads' part of the first n tokens."""
+        parts = {k: getattr(self, k) for k in ("qkv_la", "gate_la", "a", "b")}
+        return Projected(**{k: None if x is None else x[:, :n] for k, x in parts.items()})
+
 
 @dataclass
 class Step:
@@ -33,9 +38,12 @@ class Step:
     Attributes:
         offset: Tokens before this step, int or [B]. fa_mask: None, "causal" or an array.
         la_mask: [B, T] bool or None. backend: What runs kernels; None for operations.
+        kept: Gets (mixer, its ArraysCache, its projections) of every layer with LA heads, so that
+            their states can be made for fewer tokens (Mixer.advance); None keeps nothing.
     """
 
     offset: Any
     fa_mask: Any
     la_mask: mx.array | None
     backend: Backend | None = None
+    kept: list | None = None

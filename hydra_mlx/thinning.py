@@ -3,6 +3,7 @@
 Numbers only; the checkpoints themselves are in checkpoints.py.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -84,7 +85,9 @@ class Calls:
 
     def __init__(self):
         self.end = 0
-        self._runs = []  # (start, tokens a call), each up to the next; the last may be shorter
+        # (start, tokens a call, ids it had beyond those that stayed...), each run up to the next;
+        # the last call may be shorter, and one that took ids back is a run of its own.
+        self._runs = []
 
     @classmethod
     def of(cls, end: int, runs: Sequence) -> "Calls":
@@ -97,28 +100,48 @@ class Calls:
         rising = all(a < b for a, b in zip(starts, starts[1:]))  # noqa: B905
         if (runs or end) and not (rising and runs[0][0] == 0 and all(r[1] > 0 for r in runs)):
             raise ValueError("runs of calls that do not follow each other")
-        calls.end, calls._runs = end, [(a, n) for a, n in runs]
+        calls.end, calls._runs = end, [tuple(r) for r in runs]
         return calls
 
     @property
     def runs(self) -> list:
-        """[(start, tokens a call), ...]: what `of` makes the same calls from."""
+        """[(start, tokens a call, ids taken back...), ...]: what `of` makes the same calls from."""
         return list(self._runs)
 
-    def add(self, n: int):
-        """One more call, of n tokens."""
-        if not self._runs or self._runs[-1][1] != n or (self.end - self._runs[-1][0]) % n:
-            self._runs.append((self.end, n))
+    def add(self, n: int, rejected: Sequence = ()):
+        """One more call, of n tokens that stay and some that were taken back."""
+        last = self._runs[-1] if self._runs else (0, 0)
+        if rejected or last[1:] != (n,) or (self.end - last[0]) % n:
+            self._runs.append((self.end, n, *rejected))
         self.end += n
 
     def cut(self, position: int):
         """Forget what came after a position."""
-        self._runs, self.end = [r for r in self._runs if r[0] < position], position
+        runs = [r for r in self._runs if r[0] < position]
+        if runs and runs[-1][0] + runs[-1][1] > position:
+            runs[-1] = runs[-1][:2]  # of a call that is cut, what it took back does not matter
+        self._runs, self.end = runs, position
+
+    def _run(self, position: int) -> tuple:
+        """The last run that begins at or before a position."""
+        return self._runs[bisect_right(self._runs, position, key=lambda r: r[0]) - 1]
+
+    def begins(self, position: int) -> bool:
+        """Whether one call ends and another may begin there."""
+        if position in (0, self.end) or not self._runs:
+            return position in (0, self.end)
+        run = self._run(position)
+        return (position - run[0]) % run[1] == 0
+
+    def rejected(self, start: int) -> tuple:
+        """What was taken back of the call that begins there."""
+        run = self._run(start) if self._runs else (0, 0)
+        return run[2:] if run[0] == start else ()
 
     def between(self, start: int, stop: int) -> Iterator[tuple]:
         """(from, to) of the calls from `start`, itself a beginning, the last cut at `stop`."""
         ends = [r[0] for r in self._runs[1:]] + [self.end]
-        for (first, n), end in zip(self._runs, ends, strict=False):
+        for (first, n, *_), end in zip(self._runs, ends, strict=False):
             for a in range(first + max(0, start - first) // n * n, min(end, stop), n):
                 if a >= start:
                     yield a, min(a + n, end, stop)
