@@ -142,8 +142,10 @@ def _set(chat: Any, rest: str):
         for line in chat.settings.lines():
             chat.tell(line)
         return
-    if "seed" in chat.settings.set(rest):
+    names = chat.settings.set(rest)
+    if "seed" in names:
         chat.apply_seed()
+    chat.note("\n".join(chat.settings.lines(names)))
 
 
 def _save(chat: Any, rest: str):

@@ -20,7 +20,7 @@ from .chat_view import dim
 from .errors import UsageError
 
 KINDS = ("prompt_toolkit", "readline", "plain")
-PROMPT, MORE = "> ", "... "
+PROMPT, MORE = "> ", ". "
 QUOTES = '"""'
 PASTED = "\u2063"  # INVISIBLE SEPARATOR: readline puts it before what is pasted
 HISTORY = 1000  # entries kept
@@ -159,7 +159,7 @@ class ReadlineInput:
     def __init__(self, history: History):
         import readline
 
-        self.readline, self.history = readline, history
+        self.readline, self.history, self.status = readline, history, ""
         # libedit knows nothing of pasting: lines that come at once are taken as pasted.
         self.marks = "libedit" not in (readline.__doc__ or "")
         readline.set_auto_history(False)
@@ -176,8 +176,9 @@ class ReadlineInput:
 
     def read(self, status: str) -> Line:
         """As PlainInput.read; raises Cleared and KeyboardInterrupt too."""
-        if status:
+        if status and status != self.status:
             print(dim(status, sys.stdout), flush=True)
+        self.status = status
         try:
             line = lines_to_line(self._line)
         except KeyboardInterrupt:
@@ -219,7 +220,7 @@ class ToolkitInput:
             completer=Completer(commands),
             complete_while_typing=False,
             multiline=True,
-            prompt_continuation=lambda width, number, wrapped: "" if wrapped else MORE[:width],
+            prompt_continuation=lambda width, number, wrapped: "" if wrapped else MORE,
             color_depth=ColorDepth.DEPTH_1_BIT if no_colour else None,
             style=_style(no_colour),
         )

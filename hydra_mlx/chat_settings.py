@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from . import cli, sampling
@@ -135,10 +136,12 @@ class Settings:
             )
         return [(n.replace("-", "_"), v) for n, v in zip(words[::2], words[1::2], strict=True)]
 
-    def lines(self) -> list:
-        """One for each setting: name, value, and whether it is the default's."""
-        found, width = [], max(map(len, vars(self.values)))
-        for name, value in vars(self.values).items():
+    def lines(self, names: Sequence | None = None) -> list:
+        """One for each setting, or for those named: name, value, and whether it was changed."""
+        names = list(vars(self.values)) if names is None else list(dict.fromkeys(names))
+        found, width = [], max(map(len, names))
+        for name in names:
+            value = getattr(self.values, name)
             star = "" if value == self._parser.get_default(name) else "  (changed)"
             if isinstance(value, list):
                 value = ", ".join(map(repr, value))

@@ -1,4 +1,4 @@
-"""A reply on the screen: word by word, its thinking dimmed or hidden, without colour where unwanted.
+"""A reply on the screen: word by word, thinking dimmed or hidden, no colour where it is unwanted.
 
 The text itself is not changed; what is hidden is in the conversation all the same.
 """

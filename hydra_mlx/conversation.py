@@ -115,6 +115,9 @@ class Conversation:
             else:
                 text = prompts.render(self.tokenizer, messages, self.options, reply=False)
             ids = prompts.encode(self.tokenizer, text, False)
+            # From now on this is what was read: later turns build on it.
+            last = replace(turns[-1], kept=(0, 0), text=text, ids=tuple(ids))
+            self.turns[len(turns) - 1] = last
         return Read(text, ids)
 
     def prompt(self, user: str, n: int | None = None) -> Read:
