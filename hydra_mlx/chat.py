@@ -11,7 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import chat_commands, chat_flags, chat_input, checkpoint_options, cli, prompts
+from . import (
+    chat_commands,
+    chat_flags,
+    chat_input,
+    checkpoint_options,
+    cli,
+    draft_flags,
+    prompts,
+)
 from .chat_settings import Settings
 from .errors import UsageError
 
@@ -29,7 +37,7 @@ def reader(args: argparse.Namespace, interactive: bool) -> tuple:
 
 
 def load(args: argparse.Namespace, options: prompts.ChatOptions) -> tuple:
-    """(model, an empty conversation, tokens the model is made for or None).
+    """(model, draft model or None, an empty conversation, tokens the model is made for or None).
 
     Raises:
         HydraError: The model cannot be loaded, or has no chat template.
@@ -47,11 +55,12 @@ def load(args: argparse.Namespace, options: prompts.ChatOptions) -> tuple:
     tokenizer = loading.load_tokenizer(folder)
     prompts.add_end_tokens(tokenizer, args.extra_eos_token)
     talk = Conversation(tokenizer, options)
+    draft = draft_flags.load_draft(args, tokenizer)
     model = loading.load_model(folder, args.dtype)
     if args.adapter_path is not None:
         load_adapters(model, args.adapter_path)
     limit = loading.read_config(folder).get("max_position_embeddings")
-    return model, talk, limit if isinstance(limit, int) else None
+    return model, draft, talk, limit if isinstance(limit, int) else None
 
 
 def start(args: argparse.Namespace, interactive: bool) -> Any:
@@ -75,12 +84,11 @@ def start(args: argparse.Namespace, interactive: bool) -> Any:
 
     from .chat_loop import Chat
     from .generation import make_sequence
-    from .sampling import vocab_size
     from .session import Session
     from .session_file import open_session
 
-    model, talk, limit = load(args, options)
-    settings = Settings(args, vocab_size(model))
+    model, draft, talk, limit = load(args, options)
+    settings = Settings(args, model, draft)
     kv = (args.kv_bits, args.kv_group_size or 64)
 
     def opener(path: Path, chat: prompts.ChatOptions) -> Session:

@@ -6,12 +6,13 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from . import cli, sampling
+from . import cli, draft_flags, sampling
 from .chat_view import THINKING
 from .errors import UsageError
 from .session import How
 
 MAX_TOKENS = 2048
+FIXED = ("draft_model",)  # chosen when the chat begins
 ALONE = "`/set` alone shows all of them."
 
 
@@ -47,6 +48,7 @@ def add_flags(p: argparse.ArgumentParser):
         help="figures of each reply on stderr (default off)",
     )
     sampling.add_flags(p)
+    draft_flags.add_flags(p)
 
 
 class Settings:
@@ -56,32 +58,39 @@ class Settings:
         values: A namespace of what add_flags makes. sampling: SamplingOptions of it.
     """
 
-    def __init__(self, args: argparse.Namespace, vocab: int | None = None):
+    def __init__(self, args: argparse.Namespace, model: Any = None, draft: Any = None):
         """Settings from a program's flags.
 
         Args:
-            vocab: The model's tokens, for what depends on them; see check_vocab.
+            model: What depends on it is checked when it is given. draft: From load_draft.
 
         Raises:
             UsageError: Values that are out of range, or would do nothing.
         """
         self._parser = cli.Parser("/set", "")
         add_flags(self._parser)
-        names = [a.dest for a in self._parser._actions if a.dest != "help"]
-        self.values = argparse.Namespace(**{n: getattr(args, n) for n in names})
-        self.vocab = vocab
+        actions = [a for a in self._parser._actions if a.dest != "help"]
+        self._switches = {a.dest for a in actions if a.nargs == 0}
+        self.values = argparse.Namespace(**{a.dest: getattr(args, a.dest) for a in actions})
+        self.model, self.draft = model, draft
         self.sampling = self._checked(self.values)
-        self._made = None
+        self.drafts = self._make(self.values)
 
     def _checked(self, values: argparse.Namespace) -> sampling.SamplingOptions:
         if "" in values.stop:
             raise UsageError("--stop is empty, which would end every reply at once.")
         if values.max_tokens == 0:
             raise UsageError("--max-tokens is 0, which leaves no room for a reply.")
+        draft_flags.check(values)
         options = sampling.from_args(values)
-        if self.vocab is not None:
-            options.check_vocab(self.vocab)
+        vocab = sampling.vocab_size(self.model)
+        if vocab is not None:
+            options.check_vocab(vocab)
         return options
+
+    def _make(self, values: argparse.Namespace) -> Any:
+        """The drafter of some values."""
+        return None if self.model is None else draft_flags.make(values, self.model, self.draft)
 
     def set(self, text: str) -> list:
         """Change some, all or none of them.
@@ -100,25 +109,36 @@ class Settings:
         values = argparse.Namespace(**{**vars(self.values), "stop": []})
         argv, back = [], []
         for name, value in pairs:
+            shown = name.replace("_", "-")
+            if name in FIXED:
+                raise UsageError(f"{shown} can only be chosen when the chat begins.", ALONE)
             if name not in vars(self.values):
-                raise UsageError(f"{name.replace('_', '-')!r} is not a setting.", ALONE)
-            if value == "default":
+                raise UsageError(f"{shown!r} is not a setting.", ALONE)
+            if value == "default" or (value == "off" and self._defaults(name) is None):
                 back.append(name)
+            elif name in self._switches:
+                if value not in ("on", "off"):
+                    raise UsageError(f"{shown} is {value!r}, expected on or off.", ALONE)
+                setattr(values, name, value == "on")
             else:
                 argv.append(f"{sampling.flag(name)}={value}")
         try:
             self._parser.parse_args(argv, values)
             for name in back:
-                setattr(values, name, self._parser.get_default(name))
+                setattr(values, name, self._defaults(name))
             if "stop" not in (name for name, _ in pairs):
                 values.stop = self.values.stop
-            options = self._checked(values)
+            options, drafts = self._checked(values), self._make(values)
         except UsageError as e:
             plain = re.sub(r"--([a-z])", r"\1", e.message.removeprefix("/set: argument "))
             hint = re.sub(r"--([a-z])", r"\1", e.hint) if "Add" in e.hint else ALONE
             raise UsageError(plain, hint) from None
-        self.values, self.sampling, self._made = values, options, None
+        self.values, self.sampling, self.drafts = values, options, drafts
         return [name for name, _ in pairs]
+
+    def _defaults(self, name: str) -> Any:
+        value = self._parser.get_default(name)
+        return list(value) if isinstance(value, list) else value
 
     def _pairs(self, text: str) -> list:
         name, _, rest = text.strip().partition(" ")
@@ -142,17 +162,19 @@ class Settings:
         found, width = [], max(map(len, names))
         for name in names:
             value = getattr(self.values, name)
-            star = "" if value == self._parser.get_default(name) else "  (changed)"
+            star = "" if value == self._defaults(name) else "  (changed)"
             if isinstance(value, list):
                 value = ", ".join(map(repr, value))
-            value = "none" if value in (None, "") else value
+            if value is None or isinstance(value, bool):
+                value = "on" if value else "off"
+            value = "none" if value == "" else value
             found.append(f"{name.replace('_', '-'):<{width}}  {value}{star}")
         return found
 
     def how(self, tokenizer: Any) -> How:
         """For Session.reply."""
-        if self._made is None:
-            self._made = self.sampling.make(tokenizer)
-        sampler, processors = self._made
-        v = self.values
-        return How(v.max_tokens, sampler, processors, tuple(v.stop), v.max_context)
+        sampler, processors = self.sampling.make(tokenizer)
+        v, law = self.values, self.sampling.law(tokenizer) if self.drafts else None
+        return How(
+            v.max_tokens, sampler, processors, tuple(v.stop), v.max_context, self.drafts, law
+        )

@@ -31,6 +31,7 @@ class How:
 
     Attributes:
         max_context: Tokens that conversation and reply may have; None is no limit.
+        drafts, law: For speculative decoding.
     """
 
     max_tokens: int = -1
@@ -38,6 +39,8 @@ class How:
     processors: Sequence = ()
     stop: Sequence = ()
     max_context: int | None = None
+    drafts: Any = None
+    law: Callable | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,8 @@ class Session:
                 progress=progress,
                 should_stop=should_stop,
                 sequence=self.sequence,
+                drafts=how.drafts,
+                law=how.law,
             ):
                 if part.token is not None:
                     tokens.append(part.token)
