@@ -16,9 +16,9 @@ import time
 # A child that has imported everything but has not touched MLX's threads; each line names a
 # terminal, arguments and variables for one chat, which gets a session and the terminal to itself.
 SERVER = """
-import fcntl, json, os, sys, termios
+import fcntl, json, os, sys, termios, time
 import hydra_mlx, mlx_lm.generate
-from hydra_mlx import chat, chat_loop, generate, loading, session_file, speculative, drafts
+from hydra_mlx import cache_write, chat, chat_loop, drafts, generate, loading, session_file
 try:
     import prompt_toolkit.shortcuts
 except ImportError:
@@ -39,6 +39,12 @@ for line in sys.stdin:
         os.environ.update(order["env"])
         for name in order["without"]:
             sys.modules[name] = None
+        if order["slow"]:
+            write = cache_write._data
+            def slow(x):
+                time.sleep(order["slow"])
+                return write(x)
+            cache_write._data = slow
         code = chat.main(order["argv"])
         sys.stdout.flush()
         os._exit(code)
@@ -47,6 +53,7 @@ for line in sys.stdin:
 """
 _ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07|[()][A-Z0-9]|[=>])|\r")
 WAIT = 30
+PROMPT = b"\x1b[?2004h"
 
 
 class Terminals:
@@ -62,8 +69,14 @@ class Terminals:
         self.last = None
         assert self.server.stdout.readline() == "ready\n"
 
-    def start(self, *argv, env: dict | None = None, without: tuple = ()) -> "Terminal":
-        """A chat with these arguments; `without` names modules that are not there."""
+    def start(
+        self, *argv, env: dict | None = None, without: tuple = (), slow: float = 0
+    ) -> "Terminal":
+        """A chat with these arguments.
+
+        Args:
+            without: Names of modules that are not there. slow: Seconds before each array of a file.
+        """
         master, slave = pty.openpty()
         fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
         order = {
@@ -71,6 +84,7 @@ class Terminals:
             "argv": [str(a) for a in argv],
             "env": env or {},
             "without": without,
+            "slow": slow,
         }
         self.server.stdin.write(json.dumps(order) + "\n")
         self.server.stdin.flush()
@@ -145,9 +159,25 @@ class Terminal:
         self.send("\r")
         return self.expect(pattern)
 
+    @property
+    def prompts(self) -> int:
+        """Prompts so far: editors ask for marked pastes at each."""
+        return self.raw.count(PROMPT)
+
+    def prompt(self, prompts: int) -> bool:
+        """Wait for one more prompt than there were; False if the chat is over."""
+        end = time.monotonic() + WAIT
+        while time.monotonic() < end:
+            if self.prompts > prompts:
+                return True
+            if self.is_over():
+                return False
+            self._more(0.1)
+        raise AssertionError(f"no prompt: {self.text[self.seen :]!r}")
+
     def wait(self) -> int:
         """The exit code, once it is over."""
-        while not select.select([self.codes], [], [], 0)[0]:
+        while not self.is_over():
             self._more(0.1)
         self.code = int(self.codes.readline())
         self.quiet(0.05)
@@ -157,5 +187,10 @@ class Terminal:
 
     def kill(self) -> int:
         """kill -9; the exit code."""
-        os.kill(self.pid, signal.SIGKILL)
+        if not self.is_over():
+            os.kill(self.pid, signal.SIGKILL)
         return self.wait()
+
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return bool(select.select([self.codes], [], [], 0)[0])
