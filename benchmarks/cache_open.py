@@ -7,6 +7,7 @@ a table and one line of JSON. Needs twice the file's size of memory.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -85,6 +86,14 @@ def forget(path: Path):
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def pass_over(path: Path, update=lambda data: None):
+    """Read every byte with one thread, for scale."""
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as f:
+        while n := f.readinto(buffer):
+            update(buffer[:n])
+
+
 def measure(path: Path, stored: StoredCache, repeats: int) -> dict:
     """All figures of one file."""
     _, save = timed(lambda: save_cache(path, stored))
@@ -107,12 +116,15 @@ def measure(path: Path, stored: StoredCache, repeats: int) -> dict:
         row["cold_open_s"], row["cold_read_s"] = opened()
         forget(path)
         row["cold_header_s"] = timed(lambda: CacheFile(path))[1]
-    timed(lambda: path.read_bytes()[:1])  # page it in
+    pass_over(path)  # page it in
     times = [opened() for _ in range(repeats)]
     row["open_s"], row["read_s"] = min(t[0] for t in times), min(t[1] for t in times)
     row["header_s"] = min(timed(lambda: CacheFile(path))[1] for _ in range(repeats))
     file = CacheFile(path)
     row["check_s"] = min(timed(file.check)[1] for _ in range(repeats))
+    row["copy_s"] = min(timed(lambda: pass_over(path))[1] for _ in range(repeats))
+    row["sha256_s"] = timed(lambda: pass_over(path, hashlib.sha256().update))[1]
+    row["load"] = os.getloadavg()[0]
     return row
 
 
@@ -127,6 +139,7 @@ def main() -> int:
     args = p.parse_args()
     folder, rows = Path(tempfile.mkdtemp(dir=args.folder)), []
     names = ("tokens", "file", "save", "cold open", "open", "of which check", "read", "header")
+    names += ("for scale: one plain read", "SHA-256")
     print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     try:
         for tokens in args.tokens:
@@ -135,6 +148,7 @@ def main() -> int:
             del stored
             mx.clear_cache()
             keys = ("save_s", "cold_open_s", "open_s", "check_s", "read_s", "header_s")
+            keys += ("copy_s", "sha256_s")
             cells = [f"{row[k]:.3f} s" if k in row else "-" for k in keys]
             print(f"| {tokens:,} | {size(row['bytes'])} | " + " | ".join(cells) + " |", flush=True)
             rows.append(row)

@@ -14,7 +14,7 @@ import sys
 import time
 
 import hydra_mlx  # noqa: F401
-from hydra_mlx.cache import quantise_cache
+from hydra_mlx.cache import own_cache, quantise_cache
 from hydra_mlx.config import HydraArgs
 from hydra_mlx.kernels import dispatch
 from hydra_mlx.model import Model
@@ -94,6 +94,7 @@ def prefill_peak(model: nn.Module, tokens: int, bits: int | None, step: int = 20
     cache = model.make_cache()
     if bits is not None:
         quantise_cache(cache, bits, 64)
+    own_cache(cache, tokens)
     prompt = mx.random.randint(0, 1000, (1, tokens))
     mx.eval(prompt)
     mx.clear_cache()

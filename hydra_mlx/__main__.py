@@ -18,7 +18,11 @@ COMMANDS = {  # name: (module, what it does)
     "migrate": ("migrate", "Turn a Llama or Qwen3 into a HydraHead model to be trained."),
     "transfer": ("transfer", "Train a migrated model to do what its base does."),
     "needle": ("needle", "Find facts hidden in long texts: accuracy by length and depth."),
+    "info": ("info", "What a model is and needs: sizes, head map, tokens that fit."),
+    "doctor": ("doctor", "Check this installation, its kernels, and a model."),
+    "bench": ("bench", "Speed and memory by context length, models side by side."),
     "cost": ("cost", "Predicted speed on Apple chips, by context length."),
+    "completion": ("completion", "A script that makes your shell complete these commands."),
 }
 
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache
 
-from .config import HydraArgs, layer_heads
+from .config import HydraArgs
 from .kv_cache import HydraKVCache, in_words, kv_format
+from .sizes import kv_bytes_per_token as kv_bytes_per_token
+from .sizes import state_bytes as state_bytes
 
 CONV, STATE = 0, 1  # slots of an ArraysCache
 
@@ -117,27 +119,6 @@ def mean_itemsize(cache: list, itemsize: int = 2) -> float:
     few = next(filter(None, map(kv_format, cache)), None)
     k_bits, v_bits, group = few or (None, None, 64)
     return sum(bytes_per_number(n, group, itemsize) for n in (k_bits, v_bits)) / 2
-
-
-def kv_bytes_per_token(args: HydraArgs, itemsize: float = 2.0) -> float:
-    """Key and value bytes a token adds, all layers.
-
-    Args:
-        itemsize: Of a number: 2 for bf16, 0.5625 for 4 bit; for keys and values in different
-            numbers of bits the mean of two bytes_per_number.
-    """
-    heads = sum(len(layer_heads(args, i).kv) for i in range(args.num_hidden_layers))
-    if heads == 0:
-        heads = 1
-    return 2 * heads * args.head_dim * itemsize
-
-
-def state_bytes(args: HydraArgs, itemsize: int = 2, sequences: int = 1) -> int:
-    """Bytes of the recurrent states (float32) and conv tails (itemsize), any context length."""
-    D = args.head_dim
-    la = sum(args.num_attention_heads - len(fa) for fa in args.full_attention_heads)
-    tail = max(args.la_conv_kernel - 1, 0)
-    return sequences * la * (4 * D * D + tail * 3 * D * itemsize)
 
 
 def describe(cache: list) -> str:

@@ -103,7 +103,7 @@ class CacheFile:
         header = self._bytes(8, 8 + length)
         try:
             found = json.loads(header)
-            self.metadata = dict(found.pop("__metadata__", {}))
+            self.metadata = dict(found.pop("__metadata__", None) or {})
             if not header.startswith(START):
                 raise self._foreign()
             known = self._parse(found, 8 + length)

@@ -7,6 +7,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import cache as stock
 
+from .cache import as_stock
 from .checkpoints import Checkpoint, Checkpoints
 from .errors import CacheError
 from .kv_cache import HydraKVCache
@@ -24,11 +25,15 @@ def pack(cache: list) -> tuple:
     """A cache list as stock.save_prompt_cache would write it, without unused rows.
 
     Returns:
-        ([(name, array), ...], class names, [[name, "scalar", "string" or "none"], ...]).
+        ([(name, array), ...], class names, [[name, "scalar", "string" or "none"], ...], indices of
+        entries that are a HydraKVCache under the name of the mlx-lm class that holds the same).
 
     Raises:
         CacheError: A class that cannot be read again.
     """
+    shown = as_stock(cache)
+    ours = [i for i, (a, b) in enumerate(zip(cache, shown, strict=True)) if a is not b]
+    cache = shown
     odd = sorted({type(c).__name__ for c in cache if kinds().get(type(c).__name__) is not type(c)})
     if odd:
         raise CacheError(f"A cache with {', '.join(odd)} cannot be kept in a file.")
@@ -47,7 +52,7 @@ def pack(cache: list) -> tuple:
             arrays.append((name, mx.array(x)))
         else:
             raise CacheError(f"A cache with {type(x).__name__} in it cannot be kept in a file.")
-    return arrays, [type(c).__name__ for c in cache], scalars
+    return arrays, [type(c).__name__ for c in cache], scalars, ours
 
 
 def _state(c: Any) -> Sequence:
@@ -56,7 +61,7 @@ def _state(c: Any) -> Sequence:
     return c.state
 
 
-def unpack(arrays: dict, classes: Sequence, scalars: Sequence) -> list:
+def unpack(arrays: dict, classes: Sequence, scalars: Sequence, ours: Sequence) -> list:
     """The cache list that pack was given; arrays stay lazy.
 
     Raises:
@@ -73,7 +78,10 @@ def unpack(arrays: dict, classes: Sequence, scalars: Sequence) -> list:
     odd = sorted(set(classes) - set(known))
     if odd:
         raise CacheError(f"It holds a cache of class {odd[0]}, which this version does not know.")
-    return [known[c].from_state(s) for c, s in zip(classes, states, strict=True)]
+    cache = [known[c].from_state(s) for c, s in zip(classes, states, strict=True)]
+    for i in ours:
+        cache[i] = HydraKVCache.of(cache[i])
+    return cache
 
 
 def pack_checkpoints(points: Checkpoints) -> tuple:

@@ -15,7 +15,7 @@ class CheckpointOptions:
     """What --checkpoints and its companions ask for.
 
     Attributes:
-        budget: Bytes; None keeps none. asked: By a flag, not by default.
+        budget: Bytes; None leaves none in the file. asked: By a flag, not by default.
         dtype: Of kept states; None is the file's, or float32. every: Tokens between them.
     """
 
@@ -25,7 +25,7 @@ class CheckpointOptions:
     every: int = 512
 
     def make(self, model: Any, old: Any, cache: list | None) -> Any:
-        """Checkpoints for a sequence; None keeps the latest state only.
+        """Checkpoints for a sequence.
 
         Args:
             old: Of the file, or None. cache: Beside these.
@@ -35,9 +35,11 @@ class CheckpointOptions:
         """
         from .sequence import make_checkpoints
 
+        if old is not None and self.budget is None:
+            return old  # to go back to in this run
         if old is not None and not self.asked and self.dtype in (None, old.dtype):
             return old
-        if old is not None and self.budget is not None:
+        if old is not None:
             if self.dtype not in (None, old.dtype):
                 raise UsageError(
                     f"--checkpoint-dtype {self.dtype}, but the prompt cache has them as "

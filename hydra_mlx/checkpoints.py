@@ -12,6 +12,7 @@ replaying the same calls is what makes a return to an earlier position exact; se
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
@@ -139,6 +140,13 @@ class Checkpoints:
         """Bytes of all kept arrays, those shared with a fork or the live cache included."""
         latest = sum(x.nbytes for pair in self._latest or () for x in pair if x is not None)
         return latest + sum(c.nbytes for c in self._held)
+
+    def most_bytes(self, model: Any, tokens: int) -> int:
+        """What they may take at a length."""
+        itemsize = model.model.norm.weight.dtype.size
+        n = min(tokens // self.grid.every, self.grid.most) + self.marks
+        one, latest = (checkpoint_bytes(model.args, d, itemsize) for d in (self.dtype, "float32"))
+        return n * one + latest
 
     def note(self, cache: list, mark: bool = False, rejected: Sequence = ()):
         """Say that a forward call is done; keeps a checkpoint where one is due.

@@ -24,7 +24,7 @@ from .forms import fuse_layer, migrate_layer, unfuse_layer
 from .layouts import LAYER, model_shapes
 from .loading import DTYPES, memory_bytes
 from .manifest import MANIFEST, manifest
-from .model import FLOAT32_NAMES
+from .protected import FLOAT32_NAMES
 from .quantise import QuantPlan, quantise_matrix
 from .registry import SHIM, SHIM_NAME
 from .shards import ShardWriter

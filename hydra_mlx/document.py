@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cli
+from . import checkpoint_options, cli
 from .errors import CacheError, UsageError
+from .generate import parse_bits
 from .text import count, join, rate, read_file, read_stdin, size
 
 READ_EPILOG = """\
@@ -60,32 +61,21 @@ def _read_flags(p: argparse.ArgumentParser):
     )
     p.add_argument("--chat-template-config", metavar="JSON", help="variables for the template")
     p.add_argument(
-        "--kv-bits", metavar="N", help="quantise keys and values: 4, or 8,4 for keys, values"
+        "--kv-bits",
+        type=parse_bits,
+        metavar="N[,N]",
+        help="quantise keys and values: 2, 3, 4, 5, 6 or 8 bits; 8,4 is 8 for keys, 4 for values",
     )
     p.add_argument("--kv-group-size", type=int, metavar="N", help="32, 64 or 128 (default 64)")
-    p.add_argument(
-        "--checkpoints",
-        default="512MB",
-        metavar="SIZE",
-        help="for states to go back to, in memory and in the file (default 512MB)",
-    )
-    p.add_argument(
-        "--checkpoint-dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="float32 goes back exactly (default)",
-    )
+    checkpoint_options.add_flags(p)
     p.add_argument(
         "--prefill-step-size",
         type=cli.number(int, 1),
-        default=2048,
         metavar="N",
-        help="tokens at a time; smaller needs less memory (default 2048)",
+        help="tokens at a time, at most; smaller needs less memory (default 512)",
     )
     known = p.add_mutually_exclusive_group()
-    known.add_argument(
-        "--update", action="store_true", help="keep what an older CACHE has in common"
-    )
+    known.add_argument("--update", action="store_true", help="keep what an older CACHE has of it")
     known.add_argument("--overwrite", action="store_true", help="ignore what is in an older CACHE")
     cli.add_common(p)
 
@@ -134,29 +124,14 @@ def lay_out(tokenizer: Any, document: str, chat: Any) -> tuple:
     return text, prompts.encode(tokenizer, text, False), messages
 
 
-def parse_bits(text: str | None) -> tuple | None:
-    """--kv-bits as (bits of keys, bits of values).
-
-    Raises:
-        UsageError: Not one or two numbers.
-    """
-    if text is None:
-        return None
-    parts = text.split(",")
-    if len(parts) > 2 or not all(x.isascii() and x.isdigit() for x in parts):
-        raise UsageError(f"--kv-bits is {text!r}, expected a number such as 4, or two: 8,4.")
-    return int(parts[0]), int(parts[-1])
-
-
 def read(args: argparse.Namespace) -> int:
     """`cache read`; returns the exit code."""
     from . import loading, prompts
-    from .convert import parse_size
     from .prompt_cache import check_target, load_cache
 
     out = Path(args.out).expanduser()
-    bits, budget = parse_bits(args.kv_bits), parse_size(args.checkpoints)
-    if args.kv_group_size is not None and bits is None:
+    points = checkpoint_options.from_args(args)
+    if args.kv_group_size is not None and args.kv_bits is None:
         raise UsageError("--kv-group-size has no effect without --kv-bits.")
     check_target(out)
     chat = prompts.ChatOptions(
@@ -175,17 +150,18 @@ def read(args: argparse.Namespace) -> int:
         folder = loading.resolve_path(args.model)
     tokenizer = loading.load_tokenizer(folder)
     text, ids, messages = lay_out(tokenizer, document, chat)
-    kept = _known(old, ids, args)
-    if old is not None and kept == len(ids) == len(old.tokens) and not old.wanted:
-        cli.say(f"{out} holds this document already, {count(kept, 'token')}.")
-        return 0
+    _fits(old, ids, args)
     model = loading.load_model(folder, args.dtype)
     from .reading import Job
 
     label = args.model or "the default model"
-    job = Job(model, label, ids, text, messages, bits, args.kv_group_size or 64)
+    job = Job(model, label, ids, text, messages, args.kv_bits, args.kv_group_size or 64)
     note: Callable = (lambda line: None) if args.quiet else cli.say
-    job.start(old, budget, args.checkpoint_dtype, args.prefill_step_size)
+    if old is not None and old.tokens == ids and not old.wanted:
+        job.check(old)
+        cli.say(f"{out} holds this document already, {count(len(ids), 'token')}.")
+        return 0
+    job.start(old, points)
     note(job.plan(out))
     if job.kept:
         note(f"{out} has {job.kept:,} of them; {len(ids) - job.kept:,} to read.")
@@ -207,8 +183,8 @@ def read(args: argparse.Namespace) -> int:
     return 0
 
 
-def _known(old: Any, ids: list, args: argparse.Namespace) -> int:
-    """Tokens that an older file begins with alike.
+def _fits(old: Any, ids: list, args: argparse.Namespace):
+    """Whether an older file can be gone on from.
 
     Raises:
         CacheError: It holds something else, and no flag says what to do with it.
@@ -216,7 +192,7 @@ def _known(old: Any, ids: list, args: argparse.Namespace) -> int:
     from .rollback import common_prefix
 
     if old is None:
-        return 0
+        return
     same, held = common_prefix(ids, old.tokens), len(old.tokens)
     if same < held and not args.update:
         raise CacheError(
@@ -224,7 +200,6 @@ def _known(old: Any, ids: list, args: argparse.Namespace) -> int:
             "the beginning of this one.",
             "Add --update to keep those, --overwrite to start anew, or take another file.",
         )
-    return same
 
 
 def info(args: argparse.Namespace) -> int:
@@ -238,9 +213,8 @@ def info(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence | None = None) -> int:
     """Entry point of `hydra-mlx cache`."""
-    return cli.run(
-        build_parser(), lambda args: {"read": read, "info": info}[args.action](args), argv
-    )
+    actions = {"read": read, "info": info}
+    return cli.run(build_parser(), lambda args: actions[args.action](args), argv)
 
 
 if __name__ == "__main__":

@@ -181,6 +181,7 @@ class ModelDrafts:
                 "Use prompt lookup, or a cache with known ids.",
             )
         self._settle()
+        text = self._known(text)
         kept = self.sequence.fit(text)
         self.sequence.read(text[kept:-1], should_stop=should_stop)
 
@@ -202,7 +203,7 @@ class ModelDrafts:
         n = self.odds.length(0, min(self.most, room))
         if n == 0:
             return Draft([])
-        sequence, new = self.sequence, text[len(self.sequence) :]
+        sequence, new = self.sequence, self._known(text[len(self.sequence) :])
         sequence.read(new[:-EVERY])  # after a long time without drafts
         new = new[-EVERY:]
         sequence.begin()
@@ -220,6 +221,11 @@ class ModelDrafts:
         tokens = mx.concatenate(drawn).tolist()
         self._ahead, self._right = tokens[:-1], 0
         return Draft(tokens, 0, None if laws[0] is None else laws)
+
+    def _known(self, tokens: list) -> list:
+        """Ids within the draft model's table, which may have fewer rows than the model's."""
+        V = getattr(getattr(self.sequence.model, "args", None), "vocab_size", None)
+        return tokens if V is None else [min(t, V - 1) for t in tokens]
 
     def _forward(self, ids: mx.array) -> mx.array:
         return self.sequence.model(ids[None], cache=self.sequence.cache)[:, -1]

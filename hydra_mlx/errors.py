@@ -9,7 +9,7 @@ class HydraError(Exception):
         hint: What to type or change next, one line; may be empty.
     """
 
-    def __init__(self, message: str, hint: str = ""):
+    def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message if not hint else f"{message}\n{hint}")
         self.message = message
         self.hint = hint

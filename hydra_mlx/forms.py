@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from .config import HydraArgs, layer_heads
-from .mixer import fused_bias, fused_rows
+from .fused import fused_bias, fused_rows
 from .tensors import concat_rows, take_row_blocks, to_float
 
 ATTN = "self_attn."

@@ -29,8 +29,12 @@ piped text come first, the prompt after them, a blank line between. Nothing is u
   as far back as there is a checkpoint, the rest is read anew, and the file has the new text then.
   A prompt that shares less than a tenth of the file's tokens is refused before any work and the
   file stays as it is, unless --prompt-cache-overwrite. To ask many questions about one text: make
-  the file with -m 0, then use it with --prompt-cache-ro. End the name in .safetensors and mlx_lm
-  can read it too.
+  the file with `hydra-mlx cache read`, then use it with --prompt-cache-ro. End the name in
+  .safetensors and mlx_lm can read it too.
+
+--kv-bits 4 keeps keys and values in 4 bits instead of 16, --kv-bits 8,4 keys in 8 and values in 4.
+  What it takes and what it costs in quality is in docs/cache.md. A prompt of 8,192 tokens or more
+  is preceded by a line about memory; what cannot fit is refused, with what would.
 
 Ctrl-C ends the reply, still writes the prompt cache and the statistics, and exits with 130.
 """
@@ -124,6 +128,11 @@ def build_parser() -> cli.Parser:
         type=cli.number(int, 0),
         metavar="N",
         help="full precision until there are N tokens (default 0)",
+    )
+    cache.add_argument(
+        "--no-memory-plan",
+        action="store_true",
+        help="do not work out beforehand whether prompt and reply fit into memory",
     )
     cache.add_argument(
         "--prefill-step-size",
@@ -262,6 +271,30 @@ def work(args: argparse.Namespace) -> int:
     return reply(args, options, tokenizer, sequence, request, load_s, note, drafts)
 
 
+def plan_memory(args: argparse.Namespace, sequence: Any, request: Any, note: Callable):
+    """Say what a long prompt takes in memory.
+
+    Raises:
+        UsageError: Prompt and reply do not fit.
+    """
+    from .cache import cache_bytes
+    from .generation import REPLY_ROOM, is_hydra, prefill_step
+    from .machine import machine
+    from .memory_plan import check, plan_of
+
+    model = sequence.model
+    if not is_hydra(model):
+        return
+    reply_tokens = REPLY_ROOM if request.max_tokens == -1 else request.max_tokens
+    tokens, few = len(request.ids) + reply_tokens, None
+    if request.kv_bits is not None and not args.quantized_kv_start:
+        bits = request.kv_bits
+        few = (*(bits if isinstance(bits, tuple) else (bits, bits)), request.kv_group_size)
+    points = sequence.checkpoints.most_bytes(model, tokens) if sequence.keeps_checkpoints else 0
+    plan = plan_of(model, tokens, prefill_step(sequence, args.prefill_step_size), few, points)
+    check(plan, machine(), len(request.ids) - request.kept, note, sum(cache_bytes(sequence.cache)))
+
+
 def reply(
     args: argparse.Namespace,
     options: sampling.SamplingOptions,
@@ -279,6 +312,8 @@ def reply(
     model = sequence.model
     if sampling.vocab_size(model) is not None:
         options.check_vocab(sampling.vocab_size(model))
+    if not args.no_memory_plan:
+        plan_memory(args, sequence, request, note)
     sampler, processors = options.make(tokenizer)
     seed = options.apply_seed()
     out, tokens = cli.Reply(), []

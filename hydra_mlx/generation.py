@@ -113,8 +113,7 @@ def stream_generate(
         raise UsageError("A sequence has a cache, its tokens and its kv-bits: give no others.")
     elif sequence.model is not model:
         raise UsageError("The sequence belongs to another model.")
-    if prefill_step_size is None and not sequence.keeps_checkpoints:
-        prefill_step_size = PREFILL_STEP
+    step = prefill_step(sequence, prefill_step_size)
     run = _Run(sequence, ids, whole, tokenizer, StopMatcher(stops), progress, should_stop)
     run.drafts = drafts
 
@@ -124,7 +123,7 @@ def stream_generate(
             max_tokens,
             sampler,
             logits_processors,
-            prefill_step_size,
+            step,
             run.between,
             run.should_stop,
             drafts,
@@ -162,6 +161,13 @@ def make_sequence(
             _quantise(model, cache, kv_bits, kv_group_size)
 
     return CachedSequence(model, checkpoints, cache, tokens, kv)
+
+
+def prefill_step(sequence: CachedSequence, asked: int | None = None) -> int:
+    """Tokens of a prefill call at most: what was asked for, within the checkpoints' grid."""
+    every = sequence.checkpoints.grid.every if sequence.keeps_checkpoints else None
+    step = asked or every or PREFILL_STEP
+    return min(step, every or step)
 
 
 class _Run:

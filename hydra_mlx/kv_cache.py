@@ -18,6 +18,9 @@ from mlx_lm.models.cache import (
     create_attention_mask,
 )
 
+from .kv_format import in_words as in_words
+from .kv_format import kv_format as kv_format
+
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what mx.quantize offers
 STEP = 256  # buffers are multiples of so many tokens
 GROWTH = 4  # without reserve(), a buffer that is full grows by its GROWTH-th part
@@ -222,19 +225,6 @@ class HydraKVCache:
         if any(c.quantised for c in caches):
             raise ValueError("Keys and values in few bits do not support batching with history")
         return BatchKVCache.merge(caches)
-
-
-def kv_format(cache: Any) -> tuple | None:
-    """(bits of keys, bits of values, group size) of a cache of ours or mlx-lm's; None if plain."""
-    if isinstance(cache, HydraKVCache):
-        return (cache.k_bits, cache.v_bits, cache.group_size) if cache.quantised else None
-    bits = getattr(cache, "bits", None)
-    return None if bits is None else (bits, bits, cache.group_size)
-
-
-def in_words(k_bits: int, v_bits: int) -> str:
-    """As a user writes it after --kv-bits: "4", or "8,4"."""
-    return str(k_bits) if k_bits == v_bits else f"{k_bits},{v_bits}"
 
 
 def _parts(whole: Any) -> Sequence:

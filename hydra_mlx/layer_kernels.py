@@ -14,16 +14,12 @@ import mlx.core as mx
 from . import first_use
 from .cache import CONV, STATE
 from .kernels import dispatch, fa_decode, fa_prefill, hydra_decode, la_decode, la_prefill
-from .kernels.dispatch import Backend
+from .kernels.dispatch import PLAIN_FROM, Backend
 from .kernels.fa_decode import KeyValues
 from .kernels.hydra_decode import HydraLayer
 from .kernels.la_decode import LaLayer
 from .step import Projected, Step
 
-# Fewest cached keys for which fa_decode reads a plain cache instead of MLX's own attention, by
-# route; None never. On Metal: predicted, MLX's second pass begins at 1024 keys and, on base chips,
-# only for grouped heads, while one threadgroup a head leaves most cores idle.
-PLAIN_FROM = {"metal": 1024, "cuda": None}
 # Tensors of a FusedMixer that the decode kernels read.
 WEIGHTS = (
     "A_log", "dt_bias", "conv_weight", "la_q_norm", "la_k_norm", "fa_q_norm", "fa_k_norm",

@@ -7,11 +7,9 @@ table here and no new code. Axis letters in shapes: E, H, Hk, D, V, F (MLP hidde
 
 from dataclasses import dataclass, field
 
-from mlx.utils import tree_flatten
-
-from .config import HydraArgs
+from .config import HydraArgs, layer_heads
 from .errors import CheckpointError
-from .model import Model
+from .fused import fused_bias, fused_rows
 from .shards import TensorInfo
 
 LAYER = "model.layers.{i}."
@@ -106,8 +104,76 @@ def base_shapes(args: HydraArgs, qk_norm: bool) -> dict:
 
 
 def model_shapes(args: HydraArgs) -> dict:
-    """{name: shape} of the HydraHead layout that args.weights_form names; nothing is allocated."""
-    return {n: tuple(x.shape) for n, x in tree_flatten(Model(args).parameters())}
+    """{name: shape} of the HydraHead layout that args.weights_form names."""
+    E, F, V = args.hidden_size, args.intermediate_size, args.vocab_size
+    out = {"model.embed_tokens.weight": (V, E), "model.norm.weight": (E,)}
+    if not args.tie_word_embeddings:
+        out["lm_head.weight"] = (V, E)
+    fused = args.weights_form == "fused"
+    if fused:
+        mlp = {"gate_up_proj": (2 * F, E), "down_proj": (E, F)}
+    else:
+        mlp = {"gate_proj": (F, E), "up_proj": (F, E), "down_proj": (E, F)}
+    for i in range(args.num_hidden_layers):
+        layer = {f"mlp.{n}.weight": s for n, s in mlp.items()}
+        layer |= {f"{n}_layernorm.weight": (E,) for n in ("input", "post_attention")}
+        mixer = _fused_mixer(args, i) if fused else _spec_mixer(args, i)
+        layer |= {f"self_attn.{n}": s for n, s in mixer.items()}
+        out |= {LAYER.format(i=i) + n: s for n, s in layer.items()}
+    return out
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool = False) -> dict:
+    out = {f"{name}.weight": (rows, columns)}
+    return {**out, f"{name}.bias": (rows,)} if bias else out
+
+
+def _spec_mixer(args: HydraArgs, layer: int) -> dict:
+    """Tensors of self_attn as the spec has them."""
+    heads, bias = layer_heads(args, layer, "spec"), args.attention_bias
+    E, D, H = args.hidden_size, args.head_dim, args.num_attention_heads
+    Hf, Hl, Hk = len(heads.fa), len(heads.la), len(heads.kv)
+    out = _linear("o_proj", E, H * D, bias)
+    if args.fusion_scale:
+        out["head_scale"] = (H,)
+    for kind, n, qk_norm in (("fa", Hf, args.fa_qk_norm), ("la", Hl, args.la_qk_norm)):
+        if n and qk_norm:
+            out |= {f"{kind}.{x}_norm.weight": (D,) for x in "qk"}
+        if n and args.fusion_norm == "rms":
+            out[f"{kind}_norm.weight"] = (D,)
+    if Hf:
+        for x, rows in (("q", Hf), ("k", Hk), ("v", Hk)):
+            out |= _linear(f"fa.{x}_proj", rows * D, E, bias)
+        if args.fa_gate is not None:
+            rows = Hf * D if args.fa_gate == "elementwise" else Hf
+            out |= _linear("fa.gate_proj", rows, E, True)
+    if Hl:
+        for x in "qkv":
+            out |= _linear(f"la.{x}_proj", Hl * D, E, bias)
+            if args.la_conv_kernel:
+                out[f"la.{x}_conv1d.weight"] = (Hl * D, 1, args.la_conv_kernel)
+        out |= {"la.A_log": (Hl,), "la.dt_bias": (Hl,)}
+        out |= {f"la.{x}_proj.weight": (Hl, E) for x in "ab"}
+        if args.la_output_gate is not None:
+            out["la.gate_proj.weight"] = (Hl * D, E)
+    return out
+
+
+def _fused_mixer(args: HydraArgs, layer: int) -> dict:
+    """Tensors of self_attn as the converter writes them."""
+    heads = layer_heads(args, layer, "fused")
+    E, D, H, Hl = args.hidden_size, args.head_dim, args.num_attention_heads, len(heads.la)
+    out = _linear("o_proj", E, H * D, args.attention_bias)
+    out |= _linear("in_proj", fused_rows(args, layer).total, E, fused_bias(args, layer))
+    if heads.fa and args.fa_qk_norm:
+        out |= {"fa_q_norm": (D,), "fa_k_norm": (D,)}
+    if Hl:
+        out |= {"ab_proj.weight": (2 * Hl, E), "A_log": (Hl,), "dt_bias": (Hl,)}
+        if args.la_conv_kernel:
+            out["conv_weight"] = (3 * Hl * D, args.la_conv_kernel)
+        if args.la_qk_norm:
+            out |= {"la_q_norm": (D,), "la_k_norm": (D,)}
+    return out
 
 
 def is_dropped(name: str, tied: bool) -> bool:

@@ -1,6 +1,5 @@
 """Loads a model folder: config checked, headers checked, then weights, then the dtype policy."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from .config import MODEL_TYPE, HydraArgs
 from .errors import CheckpointError, ConfigError, UsageError
+from .folder import check_sizes, memory_bytes, read_config
 from .manifest import check_files
 from .model import Model
 from .quantise import packed_format
@@ -37,33 +37,6 @@ class LoadReport:
     path: Path
     weights: str
     nbytes: int
-
-
-def read_config(folder: Path) -> dict:
-    """config.json of a model folder as a dict.
-
-    Raises:
-        ConfigError: Absent or not a JSON object.
-    """
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise UsageError(
-            f"{folder} is not a folder.", "Give the folder of a converted model or a hub id."
-        )
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{folder} has no config.json; it is not a model folder.",
-            "Give the folder that holds config.json and the weights.",
-        ) from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} cannot be read ({type(e).__name__}).") from None
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{path} is not valid JSON ({e}).") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds {type(config).__name__}, expected an object.")
-    return config
 
 
 def on_cpu() -> bool:
@@ -115,7 +88,7 @@ def load_model(
     return model
 
 
-def load(path: str | os.PathLike, dtype: str = "auto", lazy: bool = False) -> tuple:
+def load(path: str | os.PathLike, dtype: str = "auto", lazy: bool = False) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer; arguments as in load_model.
 
     Returns:
@@ -184,25 +157,6 @@ def _load_hydra(folder: Path, config: dict) -> Model:
         weights.update({n: x for n, x in load_arrays(file).items() if n in names})
     model.load_weights(list(weights.items()), strict=True)
     return model
-
-
-def check_sizes(args: HydraArgs, headers: dict):
-    """Refuse a config whose numbers do not fit the files before any memory is asked for.
-
-    Raises:
-        CheckpointError: More layers or a larger embedding than the files hold.
-    """
-    layers = {n.split(".")[2] for n in headers if n.startswith("model.layers.")}
-    if len(layers) != args.num_hidden_layers:
-        raise CheckpointError(
-            f"config.json says {args.num_hidden_layers} layers, the weights have {len(layers)}."
-        )
-    embed = headers.get("model.embed_tokens.weight")
-    if embed is not None and embed.shape[:1] != (args.vocab_size,):
-        raise CheckpointError(
-            f"config.json says vocab_size {args.vocab_size}, the embedding has shape "
-            f"{list(embed.shape)}."
-        )
 
 
 def _quantise_modules(model: Model, config: dict, names: dict):
@@ -276,11 +230,6 @@ def _apply_dtype(model: nn.Module, dtype: str) -> str:
         return f"float32 ({held} in the files; float32 is the fast one on a CPU)"
     _cast(model, DTYPES[dtype])
     return f"{dtype}, as asked" if not quantised else f"quantised, the rest {dtype}, as asked"
-
-
-def memory_bytes() -> int:
-    """Physical memory of this machine in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _is_float(dtype: mx.Dtype) -> bool:

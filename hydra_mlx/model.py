@@ -4,6 +4,7 @@
 stock programs find this module.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -15,18 +16,15 @@ from .cache import cache_layout, make_cache, tick
 from .config import HydraArgs
 from .kernels.dispatch import backend
 from .mixer import FusedMixer, SpecMixer
+from .protected import FLOAT32_NAMES, is_protected
 from .step import Step
 
 ModelArgs = HydraArgs
 
-# Never quantised, and never cast below float32: gates of the recurrence (spec section 1).
-FLOAT32_NAMES = ("A_log", "dt_bias", "head_scale")
 # On a GPU MLX prepares a whole forward pass before the first layers are done, and holds what every
 # layer needs in between. Over many tokens that is gigabytes, so a long step waits now and then.
 LAYERS_AHEAD = 4
 LONG_STEP = 256  # tokens; shorter steps hold little and would feel the wait
-
-PROTECTED_NAMES = (*FLOAT32_NAMES, "ab_proj", "a_proj", "b_proj", "conv_weight", "conv1d")
 
 
 class SpecMLP(nn.Module):
@@ -127,7 +125,7 @@ class Model(nn.Module):
     cache = model.make_cache()                   # flat list, see cache.py
     """
 
-    def __init__(self, args: HydraArgs):
+    def __init__(self, args: HydraArgs) -> None:
         super().__init__()
         self.args = args
         self.model_type = args.model_type
@@ -176,16 +174,11 @@ class Model(nn.Module):
         return {k: v for k, v in weights.items() if k not in drop}
 
     @property
-    def quant_predicate(self):
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
         """What may be quantised: path, module -> bool or parameters (mlx-lm's protocol)."""
         return lambda path, module: not is_protected(path)
 
     @property
-    def cast_predicate(self):
+    def cast_predicate(self) -> Callable[[str], bool]:
         """What may be cast to a smaller float type: parameter path -> bool."""
         return lambda path: path.rsplit(".", 1)[-1] not in FLOAT32_NAMES
-
-
-def is_protected(path: str) -> bool:
-    """Whether a module or tensor must stay unquantised whatever recipe is asked for."""
-    return any(part in PROTECTED_NAMES or "conv1d" in part for part in path.split("."))

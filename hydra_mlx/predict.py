@@ -6,10 +6,10 @@ once, and the recurrent state once and writing it back. Nothing here was measure
 
 from dataclasses import dataclass
 
-from .cache import kv_bytes_per_token, state_bytes
 from .config import HydraArgs
 from .layouts import model_shapes
 from .quantise import QuantPlan
+from .sizes import kv_bytes_per_token, state_bytes
 
 # Memory bandwidth in GB/s as Apple states it (largest configuration of each chip), and float32
 # GPU TFLOP/s where Apple or its GPU core count and clock give one; None where no figure was found.

@@ -132,7 +132,7 @@ def save_cache(path: str | os.PathLike, stored: StoredCache):
         CacheError: It cannot be written, or its checkpoints are not of this moment; an older file
             is as it was.
     """
-    arrays, classes, scalars = pack(stored.cache)
+    arrays, classes, scalars, ours = pack(stored.cache)
     n, points, values = len(classes), stored.checkpoints, None
     ids = np.asarray(stored.tokens, np.int32)
     parts = {
@@ -158,6 +158,7 @@ def save_cache(path: str | os.PathLike, stored: StoredCache):
         "open_turn": stored.open_turn,
         "wanted": stored.wanted,
         "checkpoints": values,
+        "ours": ours,
     }
     # The last two are for mlx_lm.generate.
     mine = {"hydra": json.dumps(own), "model": stored.label, "tokenizer_config": "{}"}
@@ -198,7 +199,10 @@ def load_cache(path: str | os.PathLike, model: Any = None) -> StoredCache:
         n, arrays = len(classes), file.arrays()
         first = f"{n}."
         cache = unpack(
-            {k: x for k, x in arrays.items() if not k.startswith(first)}, classes, scalars
+            {k: x for k, x in arrays.items() if not k.startswith(first)},
+            classes,
+            scalars,
+            own["ours"],
         )
         points, values = f"{n}.points.", own["checkpoints"]
         kept = {k[len(points) :]: x for k, x in arrays.items() if k.startswith(points)}

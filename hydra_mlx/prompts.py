@@ -171,7 +171,7 @@ class Request:
         messages: The conversation with this turn; None for plain text.
         stored: The prompt cache file as it was, or None. common: Ids that it begins with alike.
         kept: Of these, what need not be computed again; known once there is a sequence.
-        fingerprint: Of the model, once known.
+        fingerprint: Of the model, once known. keep_points: Whether checkpoints go into the file.
         kv_bits, kv_group_size: As asked, or as the prompt cache has them.
     """
 
@@ -183,6 +183,7 @@ class Request:
     common: int = 0
     kept: int = 0
     fingerprint: str = ""
+    keep_points: bool = True
     kv_bits: int | tuple | None = None
     kv_group_size: int = 64
 
@@ -201,6 +202,7 @@ class Request:
         from .generation import make_sequence
 
         old, cache, tokens = self.stored, None, ()
+        self.keep_points = points.budget is not None
         if old is not None:
             from .prompt_cache import check_model
 
@@ -284,7 +286,8 @@ class Request:
         mark = self.fingerprint or fingerprint(model)
         stored = StoredCache(sequence.cache, ids, text, text_tokens, messages, mark, label)
         stored.open_turn = open_turn
-        stored.checkpoints = sequence.checkpoints if sequence.keeps_checkpoints else None
+        if self.keep_points and sequence.keeps_checkpoints:
+            stored.checkpoints = sequence.checkpoints
         save_cache(path, stored)
         return len(ids)
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from .config import HydraArgs
 from .errors import ConfigError, UsageError
-from .model import is_protected
+from .protected import is_protected
 from .tensors import Packed, to_float
 
 # mode -> (bits allowed, groups allowed, default bits, default group)

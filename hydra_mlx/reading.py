@@ -1,21 +1,21 @@
-"""Reading a long document into a cache that is to be kept: from the start, or from what is there."""
+"""Reading a long document into a cache that is to be kept, from the start or an older file."""
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from . import cache as caches
-from .checkpoints import Checkpoints, checkpoint_bytes
+from .checkpoint_options import CheckpointOptions
+from .checkpoints import checkpoint_bytes
 from .config import HydraArgs
 from .errors import CacheError, UsageError
 from .generation import check_kv_bits
 from .kv_cache import kv_format
 from .loading import memory_bytes
 from .prompt_cache import StoredCache, check_model, fingerprint, save_cache
-from .rollback import append, common_prefix, reuse
+from .rollback import common_prefix
+from .sequence import CachedSequence
 from .text import count, size
 
 
@@ -23,12 +23,12 @@ class Job:
     """One document on its way into a file.
 
     job = Job(model, label, ids, text, messages)
-    job.start(None, 2**29)
-    done = job.read(2048, progress, should_stop)
+    job.start(None, CheckpointOptions(2**29))
+    done = job.read(None, progress, should_stop)
     job.save(path, done)
 
     Attributes:
-        kept: Tokens that an older file had. cache, checkpoints: As far as they have come.
+        kept: Tokens that an older file had. sequence: What was read so far, from start on.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Job:
         ids: list,
         text: str,
         messages: list | None,
-        bits: tuple | None = None,
+        bits: int | tuple | None = None,
         group_size: int = 64,
     ):
         """What is to be read.
@@ -46,7 +46,7 @@ class Job:
         Args:
             label: The model in words. ids: Of `text`, all that is read. messages: The conversation
                 whose last turn is open; None for plain text.
-            bits: (of keys, of values); None keeps full precision.
+            bits: One number, or (of keys, of values); None keeps full precision.
 
         Raises:
             UsageError: Not a HydraHead model, or bits that it cannot have.
@@ -57,47 +57,40 @@ class Job:
                 "For this one use: hydra-mlx generate -m 0 --prompt-cache FILE @DOCUMENT",
             )
         self.model, self.label, self.ids, self.text = model, label, ids, text
-        self.messages, self.bits, self.group_size = messages, bits, group_size
-        for n in sorted({*bits} if bits else ()):
-            check_kv_bits(model, model.make_cache(), n, group_size, 0)
-        self.kept, self.cache, self.checkpoints = 0, [], None
+        self.messages, self.group_size = messages, group_size
+        if bits is not None:
+            check_kv_bits(model, model.make_cache(), bits, group_size, 0)
+        self.bits = (bits, bits) if isinstance(bits, int) else bits
+        self.kept = 0
 
-    def start(self, old: StoredCache | None, budget: int, dtype: str = "float32", step: int = 2048):
+    def start(self, old: StoredCache | None, points: CheckpointOptions):
         """Take up an older file's cache, as far as it goes, or an empty one.
 
-        Args:
-            old: Begins with the same tokens, or has checkpoints to go back to. budget: Bytes for
-                checkpoints. step: Tokens of a call.
+        Raises:
+            CacheError: Of another model, or in another form. UsageError: See CheckpointOptions.
+        """
+        cache, tokens, kept = self.model.make_cache(), (), None
+        if old is not None:
+            self.check(old)
+            cache, tokens, kept = old.cache, old.tokens, old.checkpoints
+        kept = points.make(self.model, kept, cache)
+        self.sequence = CachedSequence(self.model, kept, self._formed(cache), tokens, self._formed)
+        if common_prefix(self.ids, tokens) < len(tokens):
+            self.sequence.fit(self.ids)
+        self.kept = len(self.sequence)
+
+    def _formed(self, cache: list) -> list:
+        """A cache in the form that was asked for, in place, with room for the whole document."""
+        caches.own_cache(cache, len(self.ids))
+        return caches.quantise_cache(cache, self.bits, self.group_size) if self.bits else cache
+
+    def check(self, old: StoredCache):
+        """Whether an older file is of this model, with keys and values as asked for.
 
         Raises:
-            CacheError: Of another model, or it cannot go back. UsageError: See Checkpoints.within.
+            CacheError: It is not.
         """
-        if old is None:
-            self.cache = caches.own_cache(self.model.make_cache(), len(self.ids))
-            if self.bits:
-                caches.quantise_cache(self.cache, self.bits, self.group_size)
-            itemsize = self.model.model.norm.weight.dtype.size
-            self.checkpoints = Checkpoints.within(
-                self.model.args, budget, len(self.ids), step, dtype, itemsize
-            )
-            return
         check_model(old, self.model)
-        self._same_bits(old)
-        if old.checkpoints is None:
-            raise CacheError(
-                f"{old.path} has no checkpoints to go on from.",
-                "Add --overwrite to read the document from its beginning.",
-            )
-        self.cache, self.checkpoints = caches.own_cache(old.cache), old.checkpoints
-        if common_prefix(self.ids, old.tokens) < len(old.tokens) or len(old.tokens) == len(
-            self.ids
-        ):
-            self.kept = reuse(self.model, self.cache, self.checkpoints, old.tokens, self.ids)
-        else:
-            self.kept = len(old.tokens)
-        caches.own_cache(self.cache, len(self.ids))
-
-    def _same_bits(self, old: StoredCache):
         formats = {kv_format(c) for c in old.cache if hasattr(c, "offset")}
         if self.bits and formats != {(*self.bits, self.group_size)}:
             raise CacheError(
@@ -119,8 +112,8 @@ class Job:
         sizes = [caches.bytes_per_number(n, self.group_size, itemsize) for n in self.bits or [None]]
         kv = int(caches.kv_bytes_per_token(args, sum(sizes) / len(sizes)) * T)
         state = caches.state_bytes(args, itemsize)
-        points = self.checkpoints
-        most = min(T // points.grid.every, points.grid.most) + points.marks
+        points = self.sequence.checkpoints
+        most = min(T // points.grid.every, points.grid.most + points.marks)
         kept = most * checkpoint_bytes(args, points.dtype, itemsize)
         weights = self.model.load_report.nbytes
         total, memory = weights + kv + state + kept, memory_bytes()
@@ -130,7 +123,7 @@ class Job:
         )
         if total > memory:
             raise UsageError(
-                f"{count(T, 'token')} take {size(total)} ({parts}), this machine has {size(memory)}.",
+                f"{count(T, 'token')} take {size(total)} of {size(memory)} of memory: {parts}.",
                 "Use --kv-bits 4, or fewer --checkpoints, or a shorter document.",
             )
         file, free = kv + state + kept, shutil.disk_usage(out.resolve().parent).free
@@ -141,25 +134,23 @@ class Job:
             )
         return f"{count(T, 'token')}: {parts}; {size(total)} of {size(memory)} of memory."
 
-    def read(self, step: int, progress: Callable, should_stop: Callable) -> int:
+    def read(self, step: int | None, progress: Callable, should_stop: Callable) -> int:
         """Read the rest.
 
         Args:
-            step: Tokens a call at most. progress: Called with (tokens done, all) after each.
+            step: Tokens a call at most; see CachedSequence.read.
+            progress: Called with (tokens done, all) after each.
             should_stop: Asked before each; True ends the reading.
 
         Returns:
             Tokens held now; fewer than all only when stopped.
         """
-        T, a = len(self.ids), self.kept
-        progress(a, T)
-        while a < T and not should_stop():
-            b = min((a // step + 1) * step, T)
-            append(self.model, self.cache, self.checkpoints, self.ids[a:b], step, b == T)
-            mx.clear_cache()
-            progress(b, T)
-            a = b
-        return a
+        kept, T = self.kept, len(self.ids)
+        progress(kept, T)
+        self.sequence.read(
+            self.ids[kept:], step, lambda n, _: progress(kept + n, T), should_stop, mark=True
+        )
+        return len(self.sequence)
 
     def save(self, path: Path, done: int):
         """Write the file.
@@ -169,14 +160,14 @@ class Job:
         """
         whole = done == len(self.ids)
         stored = StoredCache(
-            self.cache,
-            self.ids[:done],
+            self.sequence.cache,
+            self.sequence.tokens,
             self.text if whole else "",
             done if whole else 0,
             self.messages if whole or self.messages is None else [],
             fingerprint(self.model),
             self.label,
-            checkpoints=self.checkpoints,
+            checkpoints=self.sequence.checkpoints,
             open_turn=whole and self.messages is not None,
             wanted=0 if whole else len(self.ids),
         )

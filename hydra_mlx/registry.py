@@ -14,7 +14,7 @@ register()
 '''
 
 
-def register():
+def register() -> None:
     """Put the model where mlx_lm.load, generate, chat, server, convert, lora look for it.
 
     Safe to call twice. mlx-lm has no plugin entry point; it imports `mlx_lm.models.<model_type>`.

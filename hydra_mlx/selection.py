@@ -46,15 +46,24 @@ def count_heads(share: Fraction, layers: int, heads: int, floor: int) -> int:
         UsageError: The floor asks for more heads than K or than a layer has.
     """
     count = math.floor(share * layers * heads + Fraction(1, 2))
+    check_floor(layers, heads, count, floor)
+    return count
+
+
+def check_floor(layers: int, heads: int, count: int, floor: int):
+    """Whether each of the layers can keep `floor` of `count` heads.
+
+    Raises:
+        UsageError: The floor asks for more heads than `count` or than a layer has.
+    """
     if floor > heads:
         raise UsageError(f"--floor is {floor}, but a layer has {heads} heads.")
     if floor * layers > count:
         raise UsageError(
-            f"--floor {floor} in {layers} layers needs {floor * layers} full-attention heads; "
-            f"the ratio gives {count}.",
+            f"--floor {floor} in {layers} layers needs {floor * layers} full-attention heads, "
+            f"but there are {count}.",
             "Choose a smaller floor or a ratio with more full-attention heads.",
         )
-    return count
 
 
 def top_heads(scores: np.ndarray, raw: np.ndarray, count: int, floor: int) -> list:
@@ -113,7 +122,11 @@ def select_heads(
 
     Returns:
         L sorted lists of head indices, K in all.
+
+    Raises:
+        UsageError: As check_floor; scores are missing.
     """
+    check_floor(layers, heads, count, floor)
     if strategy == "fixed":
         return fixed_heads(layers, heads, count, floor)
     if strategy == "random":

@@ -223,7 +223,8 @@ class CachedSequence:
             sampler = sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
             reply = partial(self._decode, ids[-1], max_tokens, sampler, processors)
         else:
-            judge = Judge(sampler, logits_processors or (), law)
+            width = getattr(getattr(self.model, "args", None), "vocab_size", None)
+            judge = Judge(sampler, logits_processors or (), law, width)
             reply = Decoder(self, drafts, judge, ids[-1], max_tokens, should_stop).tokens
         return self._generate(
             ids,

@@ -11,11 +11,11 @@ import mlx.core as mx
 from .config import MODEL_TYPE, HydraArgs, check_head_map
 from .errors import CheckpointError, ConfigError, UsageError
 from .files import read_json
+from .folder import read_config
 from .gguf import AffineTensor, GGUFFile
 from .gguf_blocks import AFFINE_BITS
 from .gguf_llama import config_from_gguf, llama_names, read_llama_tensor
 from .layouts import KeyReport, base_shapes, check_keys, model_shapes
-from .loading import read_config
 from .quantise import packed_format
 from .shards import FLOATS, TensorInfo, load_arrays, read_headers
 from .tensors import Packed
@@ -285,13 +285,21 @@ def open_source(path: Path, head_map: str | dict | None) -> Source:
         config.setdefault("tie_word_embeddings", "lm_head.weight" not in infos)
         args, form = migrated_args(config, head_map), "base"
         expected = base_shapes(args, config["model_type"] == "qwen3")
-    report = _report(infos, expected, args, form, config)
+    report = key_report(infos, expected, args, form, config)
     report.require_whole(str(path))
     return SafetensorsSource(path, args, form, config, report, infos)
 
 
-def _report(infos: dict, expected: dict, args: HydraArgs, form: str, config: dict) -> KeyReport:
-    """Key report of a folder; packed matrices count by their weight."""
+def key_report(infos: dict, expected: dict, args: HydraArgs, form: str, config: dict) -> KeyReport:
+    """Key report of a folder; packed matrices count by their weight.
+
+    Args:
+        infos: {name: TensorInfo}. expected: {name: shape} of the layout.
+        form: Source.form; a "base" may not be packed.
+
+    Raises:
+        CheckpointError: A tensor's shape or type does not fit.
+    """
     plain, packed = {}, []
     for name, info in infos.items():
         stem, _, part = name.rpartition(".")

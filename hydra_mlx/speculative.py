@@ -60,9 +60,17 @@ class Judge:
         processors: Each (tokens [T], logits [1, V]) -> logits, a function of these alone.
         law: log-probabilities [1, V] -> those [1, V] of what the sampler draws, up to a constant;
             None where it is not known, or the sampler takes the likeliest.
+        width: V, where it is known: a draft model's table can have more or fewer rows.
     """
 
-    def __init__(self, sampler: Callable | None, processors: Sequence, law: Callable | None):
+    def __init__(
+        self,
+        sampler: Callable | None,
+        processors: Sequence,
+        law: Callable | None,
+        width: int | None = None,
+    ):
+        self.width = width
         self.sampler, self.processors, self.law = sampler, list(processors or ()), law
         self._known = None  # the text so far, for processors
 
@@ -85,6 +93,8 @@ class Judge:
 
     def choose(self, drafted: list, logits: mx.array) -> tuple:
         """For the drafter, as its `choose`: its logits [1, V] under the same rules."""
+        if self.width not in (None, logits.shape[-1]):
+            logits = _width(logits[0], self.width)[None]
         logprobs = self._logprobs(logits, drafted)
         if self.law is None:  # the likeliest token: any other stays less often
             return mx.argmax(logprobs, axis=-1), None
@@ -187,9 +197,11 @@ class Decoder:
         self._text = [*self.sequence.tokens, self.last]
         self._end = len(self._text)
         self.judge.know([t for t in self._text if t >= 0])  # others are unknown
+        if self.max_tokens:
+            self.drafts.start(self._text, self.should_stop)
+            if self.should_stop is not None and self.should_stop():
+                return
         try:
-            if self.max_tokens:
-                self.drafts.start(self._text, self.should_stop)
             for token in self._found():
                 if not self._yielded:
                     yield None

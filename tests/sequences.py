@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import hydra_mlx  # noqa: F401  (before mlx)
-from hydra_mlx.cache import quantise_cache
+from hydra_mlx.cache import own_cache, quantise_cache
 from hydra_mlx.checkpoints import Checkpoints
 from hydra_mlx.config import HydraArgs
 from hydra_mlx.forms import fuse_layer
@@ -40,8 +40,10 @@ VARIANTS = {
     "fused": {"weights_form": "fused"},
     "8 bit": {"head_dim": 32},
     "4 bit": {"head_dim": 32, "fa_kv": "mha_own"},
+    "8,4 bit": {"head_dim": 32},
 }
-BITS = {"8 bit": 8, "4 bit": 4}
+BITS = {"8 bit": 8, "4 bit": 4, "8,4 bit": (8, 4)}
+OWN = ("one of each", "fused", "all LA")  # in HydraKVCaches; other full precision in mlx-lm's
 MODELS = {}
 
 
@@ -61,6 +63,8 @@ def model_of(name: str) -> Model:
 
 def new_cache(name: str) -> list:
     cache = model_of(name).make_cache()
+    if name in OWN:
+        own_cache(cache, 20)
     return quantise_cache(cache, BITS[name], 32) if name in BITS else cache
 
 

@@ -300,3 +300,18 @@ def test_flags_that_do_not_go_with_prompts(program, tmp_path, flags, words):
     assert code == 2 and "no lines" in err
     code, out, err = program("generate", "Hello", "--batch-size", 3)
     assert code == 2 and "without --prompts" in err
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_mlx_lms_batches(name):
+    """Ragged prompts through its BatchGenerator give the tokens of single runs."""
+    from mlx_lm.generate import BatchGenerator
+
+    model, prompts = model_of(name), [some(n, n) for n in (5, 17, 9, 1)]
+    wanted = [list(CachedSequence(model).generate(p, 12)) for p in prompts]
+    batch = BatchGenerator(model, prefill_step_size=8)
+    found = {uid: [] for uid in batch.insert(prompts, [12] * 4)}
+    while sum(map(len, found.values())) < 48:
+        for one in batch.next_generated():
+            found[one.uid].append(one.token)
+    assert list(found.values()) == wanted

@@ -87,6 +87,16 @@ def test_interrupts(tiny, kind):
         should_stop=lambda: done[-1:] == [8],
     )
     assert part.finish_reason == "interrupt" and held_tokens(cache) == 8
+    done, cache, n = [], tiny[0].make_cache(), len(PROMPT)
+    (part,) = hydra_mlx.stream_generate(  # while a draft model would read
+        *tiny,
+        PROMPT,
+        drafts=drafts_of(kind, tiny),
+        prompt_cache=cache,
+        progress=lambda n, total: done.append(n),
+        should_stop=lambda: done[-1:] == [n - 1],
+    )
+    assert part.finish_reason == "interrupt" and held_tokens(cache) == n - 1
 
 
 def test_quantised_caches(tiny):

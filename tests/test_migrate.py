@@ -62,7 +62,7 @@ def test_how_many_heads():
     assert selection.count_heads(Fraction(1, 8), 28, 16, 1) == 56
     assert selection.default_floor(Fraction(1, 4)) == 0
     assert selection.default_floor(Fraction(1, 8)) == 1
-    with pytest.raises(UsageError, match="30 full-attention heads; the ratio gives 27"):
+    with pytest.raises(UsageError, match="30 full-attention heads, but there are 27"):
         selection.count_heads(Fraction(1, 10), 30, 9, 1)
     with pytest.raises(UsageError, match="9 heads"):
         selection.count_heads(Fraction(1, 1), 30, 9, 10)
@@ -72,6 +72,9 @@ def test_the_best_heads_globally_and_with_a_floor():
     scores = np.array([[0.9, 0.8, 0.7, 0.6], [0.1, 0.2, 0.0, 0.0], [0.0, 0.0, 0.0, 0.5]])
     assert selection.top_heads(scores, scores, 3, 0) == [[0, 1, 2], [], []]
     assert selection.top_heads(scores, scores, 4, 1) == [[0, 1], [1], [3]]
+    for strategy in selection.STRATEGIES:
+        with pytest.raises(UsageError, match="6 full-attention heads, but there are 4"):
+            selection.select_heads(strategy, 3, 4, 4, 2, 0, score_file.Scores(scores, scores, ""))
 
 
 def test_ties_go_by_score_raw_layer_head():

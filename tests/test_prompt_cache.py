@@ -224,6 +224,8 @@ def test_checkpoint_flags(program, file):
     wider = program(*flags, "--checkpoints", "2MB")
     assert stats(wider)["cached_tokens"] == 1536
     assert load_cache(file).checkpoints.grid.most > points.grid.most
+    none = program(*changed, "--checkpoints", "off")
+    assert stats(none)["cached_tokens"] == 1536 and load_cache(file).checkpoints is None
     refused(program(*flags, "--checkpoints", "20"), "expected off, or a size")
     refused(program(*flags, "--checkpoints", "off", "--checkpoint-dtype", "float32"), "no effect")
     refused(program(*flags, "--checkpoints", "2MB", "--prompt-cache-ro"), "the file's are used")

@@ -64,7 +64,7 @@ def operate(run: Run, rng: random.Random) -> Run | None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_random_sequences_equal_a_fresh_run(name):
-    """64 sequences a model, 512 in all, of 8 operations; forks go on beside their parents."""
+    """64 sequences a model, 576 in all, of 8 operations; forks go on beside their parents."""
     for seed in range(64):
         rng = random.Random(f"{name} {seed}")
         runs = [start(name, every=rng.choice([8, 16]), most=rng.choice([2, 4, 6]), marks=2)]
@@ -160,7 +160,8 @@ def test_nothing_stale_is_left():
         for c in run.cache:
             if isinstance(c, HydraKVCache):
                 keys, values = c.state[:2]
-                assert {x.shape[2] for x in (*keys, *values)} == {37}
+                few = isinstance(keys, tuple)
+                assert {x.shape[2] for x in ((*keys, *values) if few else (keys, values))} == {37}
             elif hasattr(c, "offset"):
                 for x in (c.keys, c.values):
                     assert not mx.any(x[..., 37:, :]).item()

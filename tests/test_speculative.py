@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 
 from hydra_mlx.checkpoints import Checkpoints
+from hydra_mlx.config import HydraArgs
 from hydra_mlx.drafts import Draft, LookupDrafts, ModelDrafts, Odds, check_tokenizers
 from hydra_mlx.errors import UsageError
+from hydra_mlx.model import Model
 from hydra_mlx.sampling import SamplingOptions
 from hydra_mlx.sequence import CachedSequence
 from hydra_mlx.speculative import Judge
@@ -18,7 +20,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from .chi import fits
 from .planted import planted_model
-from .sequences import VARIANTS, V, difference, model_of, new_cache, some
+from .sequences import BASE, VARIANTS, V, difference, model_of, new_cache, some
 from .tolerance import rel_rms
 
 ROUNDING = 1e-5  # passes over other numbers of tokens, float32
@@ -215,6 +217,26 @@ def test_stock_models():
         rotating.generate(prompt, drafts=LookupDrafts())
     with pytest.raises(UsageError, match="RotatingKVCache"):
         ModelDrafts(rotating)
+
+
+@pytest.mark.parametrize("rows", [V + 9, V - 6])
+@pytest.mark.parametrize("temp", [0.0, 1.0])
+def test_draft_models_with_other_tables(rows, temp):
+    """More or fewer rows than the model has: ids stay within both tables."""
+    args = HydraArgs.from_dict({**BASE, "vocab_size": rows})
+    small, prompt = Model(args), [*some(10), V - 1]
+    mx.eval(small.parameters())
+    options = SamplingOptions(temp=temp, presence_penalty=0.5)
+    sampler, processors = options.make(TOKENIZER)
+    drafts, mine = ModelDrafts(CachedSequence(small), 3), sequence("mixed")
+    found = reply(
+        mine, prompt, sampler=sampler, logits_processors=processors, drafts=drafts,
+        law=options.law(TOKENIZER),
+    )  # fmt: skip
+    assert max(found) < V and drafts.tally.drafted > 0
+    assert max(drafts.sequence.tokens) < rows
+    if temp == 0:
+        assert found == reply(sequence("mixed"), prompt, logits_processors=processors)
 
 
 def test_a_draft_model_follows_the_conversation():

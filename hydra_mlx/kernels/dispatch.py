@@ -23,6 +23,10 @@ MODES = ("auto", "metal", "cuda", "ops")
 # GPU cores by the last letter of Apple's architecture name (phone, base and Pro, Max, Ultra), the
 # smaller of each.
 APPLE_CORES = {"p": 5, "g": 10, "s": 32, "d": 64}
+# Fewest cached keys for which fa_decode reads a plain cache instead of MLX's own attention, by
+# route; None never. On Metal: predicted, MLX's second pass begins at 1024 keys and, on base chips,
+# only for grouped heads, while one threadgroup a head leaves most cores idle.
+PLAIN_FROM = {"metal": 1024, "cuda": None}
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,16 @@ class Trust:
             file=sys.stderr,
         )
         return reason
+
+    @contextmanager
+    def anew(self) -> Iterator[None]:
+        """Inside the block nothing was checked before; what it finds is forgotten after it."""
+        kept = self.passed, self.failed
+        self.passed, self.failed = {}, {}
+        try:
+            yield
+        finally:
+            self.passed, self.failed = kept
 
 
 TRUST = Trust()

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..kv_cache import kv_format
+from ..kv_format import kv_format
 from .cost import Cost
 from .loader import Kernel, Launch, execute, few, table
 

@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import rope_utils
 
 from .cost import Cost
 from .loader import Kernel, Launch, absent, execute, few
@@ -50,6 +49,8 @@ def rope_frequencies(rope: Any, D: int) -> tuple:
     Returns:
         inv_freq [D/2] float32 numpy, factor, and "" or why it cannot be said so (then None first).
     """
+    from mlx_lm.models import rope_utils  # `hydra-mlx info` asks eligible() without mlx_lm
+
     kind = type(rope).__name__
     factor = 1.0
     if getattr(rope, "traditional", False):

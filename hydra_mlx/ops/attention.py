@@ -6,12 +6,13 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from ..kv_cache import kv_format
+from ..kv_format import kv_format
 
 # Most scores, and most dequantised numbers, that exist at a time where MLX has no fused attention:
-# 2 MiB of float32. A few arrays of this size are all that attention adds to a step's memory.
-SCORES = 2**19
-LEAST_KEYS = 512  # of a block: with fewer, rescaling what was summed so far costs as much
+# 2 MiB of float32, on a GPU 64, whose launches have to be worth it. A few arrays of this size are
+# all that attention adds to a step's memory.
+SCORES, GPU_SCORES = 2**19, 2**24
+LEAST_KEYS = 256  # of a block: with fewer, rescaling what was summed so far costs as much
 FUSED_DIMS = (64, 80, 128)  # head dims of MLX's fused attention on a GPU
 MASKED = -3.0e38  # a score no query sees; finite, so that no difference of two is NaN
 
@@ -77,6 +78,11 @@ def blocked_attention(q: mx.array, k: mx.array, v: mx.array, scale: float, block
     return run(q, k, v)
 
 
+def most_scores() -> int:
+    """SCORES of the device that MLX uses."""
+    return GPU_SCORES if mx.default_device().type == mx.gpu else SCORES
+
+
 def holds_no_scores(q: mx.array) -> bool:
     """Whether MLX's own attention of q [B, Hq, T, D] is fused, without an array of scores."""
     on_gpu = mx.default_device().type == mx.gpu
@@ -103,7 +109,8 @@ def streamed_attention(
     """
     B, Hq, T, D = q.shape
     Hk, S = (k[1] if few else k).shape[1:3]
-    block = min(SCORES // (B * Hq * T), SCORES // (2 * B * Hk * D)) // 64 * 64
+    most = most_scores()
+    block = min(most // (B * Hq * T), most // (2 * B * Hk * D)) // 64 * 64
     block = max(block, LEAST_KEYS)
     q = (q * scale).astype(q.dtype).reshape(B, Hk, Hq // Hk * T, D)
     at = mx.arange(S - T, S)[:, None]
@@ -174,7 +181,7 @@ def ragged_attention(
         ]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
     few, S = kv_format(cache), (k if isinstance(k, mx.array) else k[1]).shape[2]
-    fits = q.shape[0] * q.shape[1] * q.shape[2] * S <= SCORES
+    fits = q.shape[0] * q.shape[1] * q.shape[2] * S <= most_scores()
 
     def attend(q, k, v):
         if few or not (fits or block or holds_no_scores(q)):

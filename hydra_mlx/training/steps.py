@@ -13,7 +13,8 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..loading import DTYPES
-from ..model import FLOAT32_NAMES, Model
+from ..model import Model
+from ..protected import FLOAT32_NAMES
 from .losses import attention_error, hidden_states, output_matrix, teacher_layer, training_loss
 
 STAGES = ("align", "distil", "long")

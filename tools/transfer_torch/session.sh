@@ -16,15 +16,17 @@ train() {
         python3 -m tools.transfer_torch.train "$@"
     fi
 }
+CUDA_VISIBLE_DEVICES=0 python3 -m tools.transfer_torch.warm --base "$BASE" --heads "$HEADS" \
+    --rows "${ROWS:-32}" --length "${LENGTH:-1024}" --tuning "${TUNING:-4,8,4,32}"
 if [ -z "${MODEL:-}" ]; then
     # shellcheck disable=SC2086  # lists of options
-    train align $IN --out "$OUT/align" --length 512 --rows $((${ROWS:-32} * 2)) --lr 1e-3 \
+    train align $IN --out "$OUT/align" --length "${LENGTH:-1024}" --rows "${ROWS:-32}" --lr 1e-3 \
         --minutes "${ALIGN:-4}" --decay-minutes 1 --eval-batches 0
     MODEL="$OUT/align/last"
 fi
 # shellcheck disable=SC2086
 train distil $IN --out "$OUT/distil" --model "$MODEL" --rows "${ROWS:-32}" \
     --length "${LENGTH:-1024}" --lr 4e-4 --warmup 100 --minutes "${DISTIL:-15}" \
-    --decay-minutes "${DECAY:-0}" --eval-every 500 --save-every 1000 ${MORE:---answer 10}
+    --decay-minutes "${DECAY:-0}" --eval-batches 0 --save-every 1000 ${MORE:---answer 10}
 python3 -m tools.transfer_torch.carry pack "$OUT/distil/last" "$OUT/parts" --base "$BASE"
 echo DONE

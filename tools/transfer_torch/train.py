@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 
 from . import checkpoint, delta
@@ -80,6 +81,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def one_device() -> None:
+    """Shows this process its own GPU only, as number 0, before CUDA starts.
+
+    PyTorch's cache of compiled code keeps the number of the device, so that other numbers would
+    compile everything again.
+    """
+    if "LOCAL_RANK" in os.environ:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        numbers = seen.split(",") if seen else [str(i) for i in range(64)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = numbers[int(os.environ["LOCAL_RANK"])]
+
+
 class Run:
     """Teacher, student, optimizer and this process's place among the others."""
 
@@ -88,7 +101,7 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device, self.left = "cpu", None
         if torch.cuda.is_available():
-            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            self.device = "cuda:0"  # see one_device
             torch.cuda.set_device(self.device)
         if self.world > 1:
             dist.init_process_group("nccl" if self.device != "cpu" else "gloo")
@@ -98,6 +111,8 @@ class Run:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers fork
         # One compiled form for each combination of head counts, about a dozen.
         torch._dynamo.config.recompile_limit = 256
+        # Without it nothing around TritonDelta is found in the cache that warm.py fills.
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         if args.delta == "auto":
             delta.choose_backend(self.device, self.say, args.tuning)
         else:
@@ -134,8 +149,8 @@ class Run:
         self.student = Student(config, tensors, self.dtype, self.compiled)
         self.student.scaled = args.scaled
         self.trained = self.student.parameters(".self_attn." if args.stage == "align" else "")
-        for t in self.trained:
-            t.requires_grad_()
+        for t in tensors.values():
+            t.requires_grad_()  # all, and the inputs in align: one compiled form for all stages
         fused = self.device != "cpu"
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
@@ -186,7 +201,7 @@ class Run:
             with torch.no_grad():
                 wanted = self.teacher.attention(i, x).float()
                 scale = wanted.square().mean()
-            got = self.student.attention(i, x).float()
+            got = self.student.attention(i, x.detach().requires_grad_()).float()
             loss = (got - wanted).square().mean() / scale / n
             loss.backward()
             total = total + loss.detach()
@@ -222,7 +237,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.lr * factor
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for t in self.student.tensors.values():
+            t.grad = None
         return norm
 
     def evaluate(self) -> dict:
@@ -281,6 +297,7 @@ def train(run: Run) -> None:
 def main(argv=None) -> int:
     """Entry point; returns the exit code."""
     args = build_parser().parse_args(argv)
+    one_device()
     if args.length % delta.CHUNK:
         raise SystemExit(f"--length {args.length} is no multiple of {delta.CHUNK}")
     run = Run(args)
