@@ -24,6 +24,11 @@ from .chat_settings import Settings
 from .errors import UsageError
 
 
+def build_parser() -> cli.Parser:
+    """The flags."""
+    return chat_flags.build_parser(__doc__)
+
+
 def reader(args: argparse.Namespace, interactive: bool) -> tuple:
     """(what reads lines, what to tell about it)."""
     from .fetch import user_cache_dir
@@ -119,7 +124,7 @@ def work(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence | None = None) -> int:
     """Entry point of `hydra-mlx chat` and `python -m hydra_mlx.chat`."""
-    return cli.run(chat_flags.build_parser(__doc__), work, argv)
+    return cli.run(build_parser(), work, argv)
 
 
 if __name__ == "__main__":

@@ -32,12 +32,16 @@ class Chat:
         Args:
             reader: From chat_input. opener: Path -> Session, of a file. label: The model in words.
         """
-        self.session, self.settings, self.reader = session, settings, reader
+        self.settings, self.reader = settings, reader
         self.opener, self.label = opener, label
         self.file: Path | None = None
         self.keep = self.quiet = self.interactive = self.warned = False
         self.limit: int | None = None
+        self._take(session)
         self.interrupt, self.seed, self._known = cli.Interrupt(), None, None
+
+    def _take(self, session: Session):
+        self.session, session.note = session, self.note
 
     def tell(self, line: str):
         """Something that was asked for."""
@@ -210,7 +214,7 @@ class Chat:
 
     def load(self, path: Path):
         """Go on with a saved conversation; this one stays if that fails."""
-        self.session = self.opener(path)
+        self._take(self.opener(path))
         self.file, self._known = path, identity(path)
         self.note(f"{path}: {describe(self.session)}.")
 

@@ -9,7 +9,7 @@ from typing import Any
 from . import cli, draft_flags, sampling
 from .chat_view import THINKING
 from .errors import UsageError
-from .session import How
+from .session_plan import How
 
 MAX_TOKENS = 2048
 FIXED = ("draft_model",)  # chosen when the chat begins

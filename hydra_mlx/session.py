@@ -12,8 +12,8 @@ Going back is exact: the calls after the nearest checkpoint are repeated as they
 comes next is what it would be had the turns that were taken back never been.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from . import cache as caches
@@ -22,41 +22,7 @@ from .errors import UsageError
 from .generation import PREFILL_STEP, REPLY_ROOM, Part, is_hydra, stream_generate
 from .rollback import common_prefix
 from .sequence import CachedSequence
-from .text import count
-
-
-@dataclass(frozen=True)
-class How:
-    """How replies are made; fields as in stream_generate.
-
-    Attributes:
-        max_context: Tokens that conversation and reply may have; None is no limit.
-        drafts, law: For speculative decoding.
-    """
-
-    max_tokens: int = -1
-    sampler: Callable | None = None
-    processors: Sequence = ()
-    stop: Sequence = ()
-    max_context: int | None = None
-    drafts: Any = None
-    law: Callable | None = None
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a conversation takes: tokens, and bytes of the cache beside them.
-
-    Attributes:
-        tokens: Of the conversation. kv, state: Bytes of keys and values, of states and conv tails.
-        checkpoints: How many there are. checkpoint_bytes: What they take.
-    """
-
-    tokens: int
-    kv: int
-    state: int
-    checkpoints: int
-    checkpoint_bytes: int
+from .session_plan import How, Size, fit_context, fit_memory
 
 
 class Session:
@@ -74,15 +40,23 @@ class Session:
         changed: Whether there is something to save.
     """
 
-    def __init__(self, sequence: CachedSequence, talk: Conversation, step: int | None = None):
+    def __init__(
+        self,
+        sequence: CachedSequence,
+        talk: Conversation,
+        step: int | None = None,
+        note: Callable | None = None,
+    ):
         """Begin a conversation, or go on with one.
 
         Args:
             step: Tokens of a prefill call at most; None as in stream_generate.
+            note: Prints a line on what a long prompt takes in memory.
         """
         if step is None and not sequence.keeps_checkpoints:
             step = PREFILL_STEP
         self.sequence, self.talk, self.step = sequence, talk, step
+        self.note = note or (lambda line: None)
         self.unsent: str | None = None
         self.timings, self.replayed, self.changed = None, 0, False
 
@@ -130,6 +104,7 @@ class Session:
             n -= 1
         before, after = self.talk.state(n), self.talk.prompt(message, n)
         most = fit_context(len(after.ids), how.max_tokens, how.max_context)
+        fit_memory(self.sequence, after.ids, most, self.step, self.note)
         return self._reply(message, how, n, before, after, most, progress, should_stop, going_back)
 
     def _reply(self, message, how, n, before, after, most, progress, should_stop, going_back):
@@ -221,6 +196,7 @@ class Session:
         before = self.talk.state()
         after = self.talk.opened(document)
         fit_context(len(after.ids), -1, max_context)
+        fit_memory(self.sequence, after.ids, -1, self.step, self.note)
         self._go_back(after.ids, before, None)
         if not self._follow(after.ids, progress, should_stop):
             return 0
@@ -308,21 +284,3 @@ class Session:
         if is_hydra(self.model):
             caches.own_cache(sequence.cache, len(ids) + REPLY_ROOM)
         return sequence.read(rest, self.step, progress, should_stop, mark=True) == len(rest)
-
-
-def fit_context(tokens: int, max_tokens: int, max_context: int | None) -> int:
-    """max_tokens, as far as there is room after so many tokens.
-
-    Raises:
-        UsageError: There is no room for a reply.
-    """
-    if max_context is None:
-        return max_tokens
-    room = max_context - tokens
-    if room < 1:
-        raise UsageError(
-            f"The context is full: with this the conversation has {count(tokens, 'token')}, the "
-            f"limit is {max_context:,}.",
-            "Take something back with /undo, begin anew with /clear, or /set max-context.",
-        )
-    return room if max_tokens == -1 else min(max_tokens, room)

@@ -11,7 +11,7 @@ from hydra_mlx import chat_flags, chat_settings, chat_view, cli
 from hydra_mlx.chat_input import PASTED, History, Line, lines_to_line
 from hydra_mlx.errors import UsageError
 from hydra_mlx.prompts import ChatOptions
-from hydra_mlx.session import How
+from hydra_mlx.session_plan import How
 
 import pytest
 

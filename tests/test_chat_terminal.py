@@ -8,7 +8,7 @@ import time
 
 import hydra_mlx
 from hydra_mlx.prompts import ChatOptions
-from hydra_mlx.session import How
+from hydra_mlx.session_plan import How
 
 import pytest
 

@@ -10,8 +10,9 @@ from hydra_mlx.errors import CacheError, UsageError
 from hydra_mlx.generation import make_sequence
 from hydra_mlx.prompts import ChatOptions
 from hydra_mlx.sequence import make_checkpoints
-from hydra_mlx.session import How, Session
+from hydra_mlx.session import Session
 from hydra_mlx.session_file import describe, open_session, save_session
+from hydra_mlx.session_plan import How
 
 import pytest
 
