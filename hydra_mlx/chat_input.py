@@ -105,7 +105,13 @@ def is_block(text: str) -> bool:
 
 
 class PlainInput:
-    """Lines of stdin as they are; the prompt, if any, goes to stderr."""
+    """Lines of stdin as they are; the prompt, if any, goes to stderr.
+
+    Attributes:
+        stopped: Whether Ctrl-C came so soon after the line that no signal was made of it.
+    """
+
+    stopped = False
 
     def __init__(self, ask: bool):
         self.ask = ask
@@ -155,6 +161,8 @@ def lines_to_line(ask: Callable) -> Line:
 
 class ReadlineInput:
     """Lines edited with readline, which macOS may have as libedit."""
+
+    stopped = False
 
     def __init__(self, history: History):
         import readline
@@ -210,9 +218,10 @@ class ToolkitInput:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.output import ColorDepth
 
-        from .chat_keys import Completer, Past, key_bindings
+        from .chat_keys import Completer, Past, key_bindings, take_ctrl_c
 
-        self.literal = False
+        self.literal = self.stopped = False
+        self.take_ctrl_c = take_ctrl_c
         no_colour = bool(os.environ.get("NO_COLOR"))
         self.prompt = PromptSession(
             history=Past(history, lambda text: self._line(text)),
@@ -230,6 +239,7 @@ class ToolkitInput:
         """As ReadlineInput.read."""
         self.literal = False
         text = self.prompt.prompt(PROMPT, bottom_toolbar=status or None)
+        self.stopped = self.take_ctrl_c(self.prompt.input)
         return self._line(text)
 
     def pasted(self, at_start: bool):

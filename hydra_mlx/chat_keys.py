@@ -7,6 +7,7 @@ from prompt_toolkit.completion import Completer as Base
 from prompt_toolkit.completion import Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import History as BaseHistory
+from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.keys import Keys
 
@@ -88,3 +89,15 @@ def key_bindings(reader: Any) -> KeyBindings:
         event.app.exit(exception=Cleared if typed else KeyboardInterrupt, style="class:aborting")
 
     return keys
+
+
+def take_ctrl_c(source: Any) -> bool:
+    """Whether Ctrl-C was read together with the Enter before it; other keys stay for the next line.
+
+    Args:
+        source: prompt_toolkit's input.
+    """
+    ahead = get_typeahead(source)
+    keys = [k for k in ahead if k.key != Keys.ControlC]
+    store_typeahead(source, keys)
+    return len(keys) < len(ahead)

@@ -85,6 +85,7 @@ class Chat:
                 return self.leave(cli.INTERRUPTED)
             try:
                 with cli.Interrupt() as self.interrupt:
+                    self.interrupt.requested = self.reader.stopped
                     self.do(line)
             except chat_commands.Leave:
                 return self.leave(0)

@@ -229,6 +229,19 @@ def test_ctrl_c(chat, tiny, tmp_path):
     assert t.wait() == 130 and "Traceback" not in t.text
 
 
+def test_ctrl_c_with_enter(chat):
+    """Read in one go with Enter, or discarded with it: the reply is stopped or never begins."""
+    t = chat(n=100000)
+    t.quiet()
+    t.send("One")
+    t.quiet()
+    before = t.prompts
+    t.send("\r\x03")
+    assert t.prompt(before)
+    t.ask("/context", "context +[0-9]")
+    leave(t)
+
+
 def test_ctrl_c_twice_ends_it(chat):
     t = chat(n=100000)
     t.ask("One", "One.*\n.{9}")
@@ -271,7 +284,9 @@ def test_ctrl_c_at_random_moments(chat, tiny, tmp_path):
         t.send("\r")
         time.sleep(rng.random() * 0.5)
         t.send("\x03")
-        if not t.prompt(before):  # it came when there was nothing to stop
+        t.prompt(before)
+        t.quiet(0.3)
+        if t.is_over():  # it came when there was nothing to stop
             assert t.wait() == 130 and "Traceback" not in t.text
             t = chat(n=400)
     t.ask("/set max-tokens 12", r"12  \(changed\)")
