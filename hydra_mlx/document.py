@@ -112,18 +112,14 @@ def lay_out(tokenizer: Any, document: str, chat: Any) -> tuple:
         UsageError: The chat template fails, or does not show the document as it is.
     """
     from . import prompts
+    from .conversation import open_text
 
     if not chat.active(tokenizer):
         bos = tokenizer.bos_token
         special = not (bos and document.startswith(bos))
         return document, prompts.encode(tokenizer, document, special), None
-    mark = next(m for m in map("question{}".format, range(10**6)) if m not in document)
-    whole = prompts.render(tokenizer, prompts.chat_messages(join(document, mark), chat), chat)
-    text, found, _ = whole.rpartition(mark)
-    if not found or document.strip() not in text:
-        raise UsageError(
-            "The chat template changes the document.", "Use --ignore-chat-template."
-        )  # fmt: skip
+    system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
+    text = open_text(tokenizer, system, document, chat)
     messages = prompts.chat_messages(document, chat)
     return text, prompts.encode(tokenizer, text, False), messages
 
