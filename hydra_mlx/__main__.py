@@ -12,6 +12,7 @@ PROG = cli.PROG
 COMMANDS = {  # name: (module, what it does)
     "generate": ("generate", "Answer one prompt; the reply goes to stdout."),
     "chat": ("chat", "Talk to a model: undo, edit, files, sessions that are kept."),
+    "serve": ("serve", "OpenAI's API for one model, on this machine."),
     "cache": ("document", "Read a document once, to ask about it many times."),
     "convert": ("convert", "Turn a checkpoint into a folder that loads fast."),
     "score": ("score", "How much each head of a base model matters for retrieval."),
