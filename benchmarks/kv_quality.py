@@ -76,6 +76,7 @@ def main(argv=None) -> int:
     p.add_argument("--tokens", type=int, default=1024, help="of each text (default: 1024)")
     p.add_argument("--trials", type=int, default=1, help="needles a length and depth; 0: none")
     p.add_argument("--lengths", default="1024,2048")
+    p.add_argument("--formats", help="some of them, by number from 0 (full precision): 0,3,8")
     p.add_argument("--json")
     args = p.parse_args(argv)
     if args.model is None:
@@ -86,16 +87,19 @@ def main(argv=None) -> int:
     texts = [tokenizer.encode(Path(t).read_text("utf-8"))[: args.tokens] for t in args.text]
     lengths = tuple(int(n) for n in args.lengths.split(","))
     settings = NeedleSettings(lengths, (0.1, 0.5, 0.9), trials=max(args.trials, 1), seed=5)
+    chosen = FORMATS
+    if args.formats:
+        chosen = [FORMATS[int(i)] for i in args.formats.split(",")]
     full = [list(log_probabilities(model, ids, None)) for ids in texts]
     mx.eval(full)
     rows = []
-    for few in FORMATS:
+    for few in chosen:
         row = {"format": words(few), **compare(model, texts, full, few)}
         rows.append(row)
         print(f"{row['format']:22s} KL {row['kl']:.5f}  same top-1 {100 * row['top1']:.1f} %  "
               f"perplexity {row['perplexity']:.3f}", flush=True)  # fmt: skip
     del full
-    for few, row in zip(FORMATS, rows, strict=True):
+    for few, row in zip(chosen, rows, strict=True):
         if args.trials:
             row["needles"] = needles(model, tokenizer, few, settings)
             found = ", ".join(f"{n}: {100 * x:.0f} %" for n, x in row["needles"].items())

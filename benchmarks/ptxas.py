@@ -70,15 +70,15 @@ def measure(launch: Launch, arch: str) -> tuple:
     return int(used[1]), sum(map(int, spills.groups())), int(used[2] or 0)
 
 
-def cache(Hk: int, S: int, dtype: mx.Dtype, bits: int | None, D: int = 128):
-    """An empty cache of that form."""
+def cache(Hk: int, S: int, dtype: mx.Dtype, bits: int | tuple | None, D: int = 128):
+    """An empty cache of that form; bits may be two, of keys and of values."""
     if bits is None:
         x = mx.zeros((1, Hk, S, D), dtype)
         return fa_decode.KeyValues(x, x, S)
-    parts = tuple(
-        mx.zeros((1, Hk, S, n), t) for n, t in ((D * bits // 32, mx.uint32), *[(2, dtype)] * 2)
-    )
-    return fa_decode.KeyValues(parts, parts, S, bits, bits, 64)
+    both = bits if isinstance(bits, tuple) else (bits, bits)
+    small = [mx.zeros((1, Hk, S, 2), dtype)] * 2
+    triples = [(mx.zeros((1, Hk, S, D * n // 32), mx.uint32), *small) for n in both]
+    return fa_decode.KeyValues(*triples, S, *both, 64)
 
 
 def hydra(bits: int | None) -> tuple:
@@ -109,7 +109,7 @@ def launches(fa_options: dict) -> list:
     """(what, launch) of each kernel's representative specialisations."""
     bf16, out = mx.bfloat16, []
     for rows in (1, 2, 4):
-        for bits in (None, 8, 4):
+        for bits in (None, 8, 4, (8, 4)):
             q, kv = mx.zeros((1, 1, 4, 128), bf16), cache(4, 4096, bf16, bits)
             first = fa_decode.launch(
                 q, kv, tuple(i // rows for i in range(4)), 0.1, 500.0, **fa_options
@@ -120,9 +120,9 @@ def launches(fa_options: dict) -> list:
     part, stats = (mx.zeros(s) for s in first.output_shapes)
     gate = mx.zeros((1, 1, 4, 128), bf16)
     out.append(("gate, norm", fa_decode.combine_launch(part, stats, bf16, gate, norm="rms")))
-    for bits in (None, 4):
+    for bits in (None, 4, (8, 4)):
         out += [(f"{bits or 'bf16'}", x) for x in hydra(bits)[: 3 if bits is None else 1]]
-    for bits in (8, 4):
+    for bits in (8, 4, (8, 4)):
         q = mx.zeros((1, 64, 4, 128), bf16)
         kv = cache(4, 4096, bf16, bits)
         out.append((f"{bits} bit", fa_prefill.launch(q, kv, (0, 1, 2, 3), 0.1)))

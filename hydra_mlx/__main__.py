@@ -11,6 +11,7 @@ from .errors import UsageError
 PROG = cli.PROG
 COMMANDS = {  # name: (module, what it does)
     "generate": ("generate", "Answer one prompt; the reply goes to stdout."),
+    "chat": ("chat", "Talk to a model: undo, edit, files, sessions that are kept."),
     "serve": ("serve", "OpenAI's API for one model, on this machine."),
     "cache": ("document", "Read a document once, to ask about it many times."),
     "convert": ("convert", "Turn a checkpoint into a folder that loads fast."),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint_options, cli
-from .errors import CacheError, UsageError
+from .errors import CacheError, HydraError, UsageError
 from .generate import parse_bits
 from .text import count, join, rate, read_file, read_stdin, size
 
@@ -112,24 +112,28 @@ def lay_out(tokenizer: Any, document: str, chat: Any) -> tuple:
         UsageError: The chat template fails, or does not show the document as it is.
     """
     from . import prompts
+    from .conversation import open_text
 
     if not chat.active(tokenizer):
         bos = tokenizer.bos_token
         special = not (bos and document.startswith(bos))
         return document, prompts.encode(tokenizer, document, special), None
-    mark = next(m for m in map("question{}".format, range(10**6)) if m not in document)
-    whole = prompts.render(tokenizer, prompts.chat_messages(join(document, mark), chat), chat)
-    text, found, _ = whole.rpartition(mark)
-    if not found or document.strip() not in text:
-        raise UsageError(
-            "The chat template changes the document.", "Use --ignore-chat-template."
-        )  # fmt: skip
+    system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
+    text = open_text(tokenizer, system, document, chat)
     messages = prompts.chat_messages(document, chat)
     return text, prompts.encode(tokenizer, text, False), messages
 
 
 def read(args: argparse.Namespace) -> int:
     """`cache read`; returns the exit code."""
+    try:
+        return _read(args)
+    except HydraError as e:  # the hints are those of generate, whose flag has a longer name
+        hint = e.hint.replace("--prompt-cache-overwrite", "--overwrite")
+        raise type(e)(e.message, hint) from e
+
+
+def _read(args: argparse.Namespace) -> int:
     from . import loading, prompts
     from .prompt_cache import check_target, load_cache
 
@@ -166,7 +170,7 @@ def read(args: argparse.Namespace) -> int:
         cli.say(f"{out} holds this document already, {count(len(ids), 'token')}.")
         return 0
     job.start(old, points)
-    note(job.plan(out))
+    job.plan(out, args.prefill_step_size, note)
     if job.kept:
         note(f"{out} has {job.kept:,} of them; {len(ids) - job.kept:,} to read.")
     start = time.perf_counter()

@@ -278,15 +278,15 @@ def plan_memory(args: argparse.Namespace, sequence: Any, request: Any, note: Cal
         UsageError: Prompt and reply do not fit.
     """
     from .cache import cache_bytes
-    from .generation import REPLY_ROOM, is_hydra, prefill_step
+    from .generation import is_hydra, prefill_step, reply_room
     from .machine import machine
     from .memory_plan import check, plan_of
 
     model = sequence.model
     if not is_hydra(model):
         return
-    reply_tokens = REPLY_ROOM if request.max_tokens == -1 else request.max_tokens
-    tokens, few = len(request.ids) + reply_tokens, None
+    tokens, few = len(request.ids), None
+    tokens += reply_room(tokens, request.max_tokens)
     if request.kv_bits is not None and not args.quantized_kv_start:
         bits = request.kv_bits
         few = (*(bits if isinstance(bits, tuple) else (bits, bits)), request.kv_group_size)

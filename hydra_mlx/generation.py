@@ -194,8 +194,8 @@ class _Run:
         rest = ids[self.held :] if self.whole else ids
         self.total = len(rest)
         if is_hydra(sequence.model):
-            room = min(max(max_tokens, 0), max(REPLY_ROOM, len(rest) // 4))
-            caches.own_cache(sequence.cache, self.held + len(rest) + room)
+            held = self.held + len(rest)
+            caches.own_cache(sequence.cache, held + reply_room(held, max_tokens))
         return rest
 
     def parts(self, reply: Callable, max_tokens: int) -> Iterator[Part]:
@@ -313,6 +313,12 @@ def head_dim(model: Any) -> int | None:
     found = getattr(args, "head_dim", None)
     heads, hidden = (getattr(args, n, None) for n in ("num_attention_heads", "hidden_size"))
     return found or (hidden // heads if heads and hidden else None)
+
+
+def reply_room(prompt_tokens: int, max_tokens: int) -> int:
+    """Tokens of the reply that room is made for; a longer one grows its cache as it goes."""
+    most = max(REPLY_ROOM, prompt_tokens // 4)
+    return most if max_tokens == -1 else min(max_tokens, most)
 
 
 def is_hydra(model: Any) -> bool:

@@ -61,6 +61,17 @@ class HydraKVCache:
         return self.k_bits is not None
 
     @property
+    def bits(self) -> int:
+        """Of keys and values, where they are alike: what mlx-lm's own attention asks for.
+
+        Raises:
+            AttributeError: They are not, or in full precision.
+        """
+        if not self.quantised or self.k_bits != self.v_bits:
+            raise AttributeError("keys and values have no one number of bits")
+        return self.k_bits
+
+    @property
     def allocated(self) -> int:
         """Tokens the buffers have room for."""
         return 0 if self.keys is None else _parts(self.keys)[0].shape[2]

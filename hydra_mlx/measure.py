@@ -15,6 +15,7 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, make_prompt_cache
 
 from .cache import quantise_cache
+from .kv_cache import HydraKVCache
 from .predict import CHIPS, Floor
 
 WARM_TOKENS = 4  # decoded before anything is measured: they build and check the kernels
@@ -180,7 +181,7 @@ def step_floor(model: Any, cache: list, context: int) -> Floor | None:
         numbers += x.size  # packed ones count as words: too few, and never the bound then
     kv = state = 0.0
     for c in cache:
-        if isinstance(c, (KVCache, QuantizedKVCache)):
+        if isinstance(c, (HydraKVCache, KVCache, QuantizedKVCache)):
             parts = [x for _, x in tree_flatten((c.keys, c.values))]
             kv += context * sum(x.nbytes / x.shape[2] for x in parts)
         elif isinstance(c, ArraysCache):

@@ -165,7 +165,7 @@ def check(plan: MemoryPlan, there: Machine | None, to_read: int, note: Callable,
     raise UsageError(
         f"This needs {plan.text()}. Besides what is loaded that is {size(needed)}, but "
         f"{size(there.free)} {there.what}.",
-        "What fits: " + "; ".join(alternatives(plan, there.free + held)) + ".",
+        "What fits, " + "; ".join(alternatives(plan, there.free + held)) + ".",
     )
 
 
@@ -176,22 +176,22 @@ def alternatives(plan: MemoryPlan, free: int) -> list:
     def offer(words: str, other: MemoryPlan, always: bool = False):
         n = other.fits(free)
         if always or n > max(plan.fits(free), 0):
-            out.append(f"{words}{count(n, 'token')}")
+            out.append(f"{words}: {count(n, 'token')}")
 
-    offer("as it is ", plan, True)
+    offer("as it is", plan, True)
     small = replace(plan, step=min(plan.step, 512))
     if small.step < plan.step:
-        offer("with --prefill-step-size 512 ", small)
+        offer("with --prefill-step-size 512", small)
     for bits in (8, 4):
         if plan.k_bits is None or max(plan.k_bits, plan.v_bits) > bits:
-            offer(f"with --kv-bits {bits} ", replace(plan, k_bits=bits, v_bits=bits))
+            offer(f"with --kv-bits {bits}", replace(plan, k_bits=bits, v_bits=bits))
     if small.step < plan.step and (plan.k_bits is None or max(plan.k_bits, plan.v_bits) > 4):
-        offer("with both ", replace(small, k_bits=4, v_bits=4))
+        offer("with both", replace(small, k_bits=4, v_bits=4))
     mine = kv_bytes_per_token(plan.args, 1)
     for ratio in (3, 7):
         args = at_ratio(plan.args, ratio)
         if kv_bytes_per_token(args, 1) < mine:
-            offer(f"the model at {ratio}:1 (hydra-mlx migrate) ", replace(plan, args=args))
+            offer(f"the model at {ratio}:1 (hydra-mlx migrate)", replace(plan, args=args))
     return out
 
 

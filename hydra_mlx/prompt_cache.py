@@ -48,6 +48,7 @@ class StoredCache:
         open_turn: Whether the last message, the user's, goes on with the next prompt: a document
             that is to be followed by a question.
         wanted: Tokens of the document that was to be read; 0 if it is whole.
+        session: How a chat came about, JSON; None in files of other programs. See session_file.py.
         file: Where the arrays come from; see read().
     """
 
@@ -62,6 +63,7 @@ class StoredCache:
     checkpoints: Checkpoints | None = None
     open_turn: bool = False
     wanted: int = 0
+    session: dict | None = None
     file: CacheFile | None = None
 
     def match(self, text: str, whole: list, encode_rest: Callable) -> tuple:
@@ -138,6 +140,8 @@ def save_cache(path: str | os.PathLike, stored: StoredCache):
         "text": _raw(stored.text),
         "messages": _raw(json.dumps(stored.messages)),
     }
+    if stored.session is not None:
+        parts["session"] = _raw(json.dumps(stored.session))
     more = [(name, mx.array(x)) for name, x in parts.items()]
     if points is not None:
         if points.calls.end != len(ids) or points.moved(stored.cache)[0]:
@@ -175,6 +179,10 @@ def _raw(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8)
 
 
+def _session(file: CacheFile, name: str) -> dict | None:
+    return json.loads(file.read(name)) if name in file.entries else None
+
+
 def load_cache(path: str | os.PathLike, model: Any = None) -> StoredCache:
     """Open a prompt cache file whose every byte is as it was written; arrays stay on the disk.
 
@@ -210,6 +218,7 @@ def load_cache(path: str | os.PathLike, model: Any = None) -> StoredCache:
             checkpoints=values and unpack_checkpoints(kept, values, cache, file.unchanged),
             open_turn=own["open_turn"],
             wanted=own["wanted"],
+            session=_session(file, f"{n}.session"),
             file=file,
         )
     except CacheError as e:

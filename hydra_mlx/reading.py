@@ -7,16 +7,16 @@ from typing import Any
 
 from . import cache as caches
 from .checkpoint_options import CheckpointOptions
-from .checkpoints import checkpoint_bytes
 from .config import HydraArgs
 from .errors import CacheError, UsageError
-from .generation import check_kv_bits
+from .generation import check_kv_bits, prefill_step
 from .kv_cache import kv_format
-from .loading import memory_bytes
+from .machine import machine
+from .memory_plan import check, plan_of
 from .prompt_cache import StoredCache, check_model, fingerprint, save_cache
 from .rollback import common_prefix
 from .sequence import CachedSequence
-from .text import count, size
+from .text import size
 
 
 class Job:
@@ -61,7 +61,7 @@ class Job:
         if bits is not None:
             check_kv_bits(model, model.make_cache(), bits, group_size, 0)
         self.bits = (bits, bits) if isinstance(bits, int) else bits
-        self.kept = 0
+        self.kept = self._room = 0
 
     def start(self, old: StoredCache | None, points: CheckpointOptions):
         """Take up an older file's cache, as far as it goes, or an empty one.
@@ -80,8 +80,8 @@ class Job:
         self.kept = len(self.sequence)
 
     def _formed(self, cache: list) -> list:
-        """A cache in the form that was asked for, in place, with room for the whole document."""
-        caches.own_cache(cache, len(self.ids))
+        """A cache in the form that was asked for, in place; while reading, with room for all."""
+        caches.own_cache(cache, self._room)
         return caches.quantise_cache(cache, self.bits, self.group_size) if self.bits else cache
 
     def check(self, old: StoredCache):
@@ -101,38 +101,27 @@ class Job:
         if found is not None:
             self.bits, self.group_size = found[:2], found[2]
 
-    def plan(self, out: Path) -> str:
-        """What the document will take, one line.
+    def plan(self, out: Path, step: int | None, note: Callable):
+        """Say what a long document takes in memory.
+
+        Args:
+            step: As in read. note: Prints a line.
 
         Raises:
-            UsageError: More memory than this machine has, or more than is free on the disk.
+            UsageError: More memory or more of the disk than there is.
         """
-        args, T = self.model.args, len(self.ids)
-        itemsize = self.model.model.norm.weight.dtype.size
-        sizes = [caches.bytes_per_number(n, self.group_size, itemsize) for n in self.bits or [None]]
-        kv = int(caches.kv_bytes_per_token(args, sum(sizes) / len(sizes)) * T)
-        state = caches.state_bytes(args, itemsize)
-        points = self.sequence.checkpoints
-        most = min(T // points.grid.every, points.grid.most + points.marks)
-        kept = most * checkpoint_bytes(args, points.dtype, itemsize)
-        weights = self.model.load_report.nbytes
-        total, memory = weights + kv + state + kept, memory_bytes()
-        parts = (
-            f"weights {size(weights)}, keys and values {size(kv)}, states {size(state)}, "
-            f"checkpoints at most {size(kept)}"
-        )
-        if total > memory:
-            raise UsageError(
-                f"{count(T, 'token')} take {size(total)} of {size(memory)} of memory: {parts}.",
-                "Use --kv-bits 4, or fewer --checkpoints, or a shorter document.",
-            )
-        file, free = kv + state + kept, shutil.disk_usage(out.resolve().parent).free
+        sequence, T = self.sequence, len(self.ids)
+        few = (*self.bits, self.group_size) if self.bits else None
+        points = sequence.checkpoints.most_bytes(self.model, T) if sequence.keeps_checkpoints else 0
+        plan = plan_of(self.model, T, prefill_step(sequence, step), few, points)
+        held = sum(caches.cache_bytes(sequence.cache))
+        check(plan, machine(), T - self.kept, note, held)
+        file, free = plan.kv + plan.state + points, shutil.disk_usage(out.resolve().parent).free
         if file > free:
             raise UsageError(
                 f"The cache takes up to {size(file)}, but {size(free)} are free on its disk.",
                 "Free some space, or use --kv-bits 4 or fewer --checkpoints.",
             )
-        return f"{count(T, 'token')}: {parts}; {size(total)} of {size(memory)} of memory."
 
     def read(self, step: int | None, progress: Callable, should_stop: Callable) -> int:
         """Read the rest.
@@ -146,6 +135,8 @@ class Job:
             Tokens held now; fewer than all only when stopped.
         """
         kept, T = self.kept, len(self.ids)
+        self._room = T
+        self._formed(self.sequence.cache)
         progress(kept, T)
         self.sequence.read(
             self.ids[kept:], step, lambda n, _: progress(kept + n, T), should_stop, mark=True

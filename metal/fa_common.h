@@ -69,46 +69,35 @@ HYDRA_FN float fa_field_scale(int i) {
   return 1.0f / static_cast<float>(1 << (BITS * (i % FIELDS) % 32));
 }
 
-// A tile of BK quantised rows from row `base` on, by THREADS threads: word id + n * THREADS of the
-// tile with its scale and bias, then all its numbers as floats. Rows from S on are zeros.
-template <typename C, int BITS, int GROUP, int D, int BK, int THREADS>
+// Word i of a tile of quantised rows from row `base` on, with its scale and bias, and its numbers as
+// floats in the tile. Rows from S on are zeros.
+template <typename C, int BITS, int GROUP, int D>
 HYDRA_FN void fa_tile_load(
     const device uint* words, const device C* scales, const device C* biases, int base, int S,
-    int id, thread uint* w, thread float* scale, thread float* bias) {
-  constexpr int PER = 32 / BITS, ROW = D / PER, N = (BK * ROW + THREADS - 1) / THREADS;
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const int i = id + n * THREADS, row = base + i / ROW, at = i % ROW;
-    if (i < BK * ROW && row < S) {
-      w[n] = words[row * ROW + at];
-      scale[n] = to_float(scales[row * (D / GROUP) + at * PER / GROUP]);
-      bias[n] = to_float(biases[row * (D / GROUP) + at * PER / GROUP]);
-    }
+    int i, thread uint& w, thread float& scale, thread float& bias) {
+  constexpr int PER = 32 / BITS, ROW = D / PER;
+  const int row = base + i / ROW, at = i % ROW;
+  if (row < S) {
+    w = words[row * ROW + at];
+    scale = to_float(scales[row * (D / GROUP) + at * PER / GROUP]);
+    bias = to_float(biases[row * (D / GROUP) + at * PER / GROUP]);
   }
 }
 
-template <typename C, int BITS, int D, int BK, int LD, int THREADS>
+template <typename C, int BITS, int D, int LD>
 HYDRA_FN void fa_tile_store(
-    const thread uint* w, const thread float* scale, const thread float* bias, int base, int S,
-    int id, threadgroup float* tile) {
-  constexpr int PER = 32 / BITS, ROW = D / PER, N = (BK * ROW + THREADS - 1) / THREADS;
+    uint w, float scale, float bias, int base, int S, int i, threadgroup float* tile) {
+  constexpr int PER = 32 / BITS, ROW = D / PER;
+  const int row = i / ROW;
+  threadgroup float* out = tile + row * LD + i % ROW * PER;
+  float x[PER];
+  if (base + row < S) {
+    fa_unpack<C, BITS, PER>(&w, x);
 #pragma unroll
-  for (int n = 0; n < N; ++n) {
-    const int i = id + n * THREADS;
-    if (i < BK * ROW) {
-      const int row = i / ROW;
-      threadgroup float* out = tile + row * LD + i % ROW * PER;
-      float x[PER];
-      if (base + row < S) {
-        fa_unpack<C, BITS, PER>(w + n, x);
+    for (int e = 0; e < PER; ++e) out[e] = metal::fma(scale * fa_field_scale<BITS>(e), x[e], bias);
+  } else {
 #pragma unroll
-        for (int e = 0; e < PER; ++e)
-          out[e] = metal::fma(scale[n] * fa_field_scale<BITS>(e), x[e], bias[n]);
-      } else {
-#pragma unroll
-        for (int e = 0; e < PER; ++e) out[e] = 0.0f;
-      }
-    }
+    for (int e = 0; e < PER; ++e) out[e] = 0.0f;
   }
 }
 

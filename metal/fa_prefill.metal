@@ -24,7 +24,6 @@
 constexpr int LD = D + 4;  // a stride that spreads rows over the banks
 constexpr int DF = D / 8, KF = BK / 8;
 constexpr int KW = D * KBITS / 32, VW = D * VBITS / 32;  // words of a row
-constexpr int KN = (BK * KW + 32 * SG - 1) / (32 * SG), VN = (BK * VW + 32 * SG - 1) / (32 * SG);
 threadgroup float k_tile[BK * LD];
 threadgroup float v_tile[BK * LD];
 
@@ -69,14 +68,19 @@ const int seen_by_all = S - T + first / readers + 1;           // every row of t
 const int last = S - T + metal::min(first + 8 * SG - 1, rows - 1) / readers + 1;
 
 for (int base = 0; base < last; base += BK) {
-  uint kw[KN], vw[VN];  // all loads first, so that none waits for another's arithmetic
-  float ks[KN], kb[KN], vs[VN], vb[VN];
-  fa_tile_load<C, KBITS, GROUP, D, BK, 32 * SG>(
-      my_keys, my_k_scales, my_k_biases, base, S, id, kw, ks, kb);
-  fa_tile_load<C, VBITS, GROUP, D, BK, 32 * SG>(
-      my_values, my_v_scales, my_v_biases, base, S, id, vw, vs, vb);
-  fa_tile_store<C, KBITS, D, BK, LD, 32 * SG>(kw, ks, kb, base, S, id, k_tile);
-  fa_tile_store<C, VBITS, D, BK, LD, 32 * SG>(vw, vs, vb, base, S, id, v_tile);
+  for (int i = id; i < BK * (KW > VW ? KW : VW); i += 32 * SG) {
+    const bool in_k = KW >= VW || i < BK * KW, in_v = VW >= KW || i < BK * VW;
+    uint kw, vw;  // both loads first, so that the second does not wait for arithmetic
+    float ks, kb, vs, vb;
+    if (in_k)
+      fa_tile_load<C, KBITS, GROUP, D>(
+          my_keys, my_k_scales, my_k_biases, base, S, i, kw, ks, kb);
+    if (in_v)
+      fa_tile_load<C, VBITS, GROUP, D>(
+          my_values, my_v_scales, my_v_biases, base, S, i, vw, vs, vb);
+    if (in_k) fa_tile_store<C, KBITS, D, LD>(kw, ks, kb, base, S, i, k_tile);
+    if (in_v) fa_tile_store<C, VBITS, D, LD>(vw, vs, vb, base, S, i, v_tile);
+  }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   simdgroup_float8x8 sf[KF];

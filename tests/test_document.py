@@ -187,7 +187,9 @@ def test_flags(program, report, out, make_model_dir, tmp_path):
     refused(read(program, *flags, "--model", make_model_dir(seed=1)), "another model")
     assert out.read_bytes() == before
     out.write_bytes(before[:-1])
-    refused(read(program, *flags), "incomplete")
+    result = read(program, *flags)
+    refused(result, "incomplete", " --overwrite")
+    assert "--prompt-cache-overwrite" not in result[2]
     ok(read(program, *flags, "--overwrite"))
     assert os.listdir(tmp_path) and not [p for p in tmp_path.iterdir() if p.name[0] == "."]
 
@@ -196,10 +198,11 @@ def test_no_room(program, report, out, monkeypatch):
     import shutil
 
     from hydra_mlx import reading
+    from hydra_mlx.machine import Machine
 
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "memory_bytes", lambda: 10**6)
-        refused(read(program, report, "--out", out), "of memory", "--kv-bits 4")
+        patch.setattr(reading, "machine", lambda: Machine(10**6, "is free here"))
+        refused(read(program, report, "--out", out), "976.6 KiB is free here", "What fits")
     usage = shutil.disk_usage(out.parent)._replace(free=4096)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused(read(program, report, "--out", out), "4.0 KiB are free")

@@ -187,6 +187,22 @@ def test_what_mlx_lm_looks_for():
     assert describe([few]).startswith("kv-bits 8,4: 1/1") and in_words(4, 4) == "4"
 
 
+def test_models_of_mlx_lm_take_it():
+    """mlx-lm's attention reads `bits` from the cache: a Llama gives what its own classes give."""
+    from mlx_lm.models import llama
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 40}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}
+    model = llama.Model(llama.ModelArgs.from_dict({"model_type": "llama", **sizes, **heads}))
+    tokens = tokens_of(9) % 40
+    for own, stock in ((new(None), KVCache), (new((8, 8)), lambda: QuantizedKVCache(32, 8))):
+        ours, theirs = [own, own.fork()], [stock(), stock()]
+        for a, b in ((0, 6), (6, 9)):
+            out, ref = model(tokens[:, a:b], cache=ours), model(tokens[:, a:b], cache=theirs)
+            assert_close(out, ref, 1e-6)
+    assert not hasattr(new(None), "bits") and not hasattr(new((8, 4)), "bits")
+
+
 def test_what_it_cannot_be():
     for bits in ((7, 4), (4, None), (None, 8), (16, 16)):
         with pytest.raises(ValueError):

@@ -98,7 +98,7 @@ def test_messages():
     with pytest.raises(UsageError) as e:
         check(plan, Machine(8 * GIB, "is left on the GPU"), 10, said.append)
     assert "8.0 GiB is left on the GPU" in e.value.message and "131,072 tokens" in e.value.message
-    for words in ("as it is ", "--kv-bits 4 ", "--prefill-step-size 512 ", "model at 7:1"):
+    for words in ("as it is: ", "--kv-bits 4: ", "--prefill-step-size 512: ", "model at 7:1"):
         assert words in e.value.hint, e.value.hint
     half = plan.kv // 2
     check(plan, Machine(plan.total - plan.weights - half, ""), 10, said.append, half)
@@ -121,7 +121,7 @@ def test_checks_of_the_program(program, monkeypatch, tmp_path):
     monkeypatch.setattr(machines, "machine", lambda: poor)
     code, out, err = program("generate", "Hello", "-m", "4")
     assert code == 2 and not out
-    assert "but 1000 B is free on this machine" in err and "What fits: as it is 0 tokens" in err
+    assert "but 1000 B is free on this machine" in err and "What fits, as it is: 0 tokens" in err
     assert program("generate", "Hello", "-m", "4", "--no-memory-plan")[0] == 0
     monkeypatch.setattr(machines, "machine", lambda: Machine(GIB, "is free on this machine"))
     monkeypatch.setattr(memory_plan, "LONG", 5)

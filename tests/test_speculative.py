@@ -20,10 +20,15 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from .chi import fits
 from .planted import planted_model
-from .sequences import BASE, VARIANTS, V, difference, model_of, new_cache, some
+from .sequences import BASE, BITS, VARIANTS, V, difference, model_of, new_cache, some
 from .tolerance import rel_rms
 
 ROUNDING = 1e-5  # passes over other numbers of tokens, float32
+
+
+def rounding(name: str) -> float:
+    """Of passes over other numbers of tokens; in few bits a last bit can become a whole step."""
+    return 3e-2 if name in BITS else ROUNDING
 
 
 class Scripted:
@@ -66,7 +71,7 @@ def same_but_for_ties(name: str, prompt: list, plain: list, other: list):
     at = next(i for i, (a, b) in enumerate(zip(plain, other, strict=True)) if a != b)
     logits = model_of(name)(mx.array([[*prompt, *plain[:at]]]))[0, -1]
     gap = abs(logits[plain[at]] - logits[other[at]]).item()
-    assert gap < 10 * ROUNDING * mx.abs(logits).max().item(), (at, gap)
+    assert gap < 10 * rounding(name) * mx.abs(logits).max().item(), (at, gap)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -86,7 +91,7 @@ def test_greedy_is_plain_greedy(name):
             same_but_for_ties(name, prompt, wanted, found)
             assert mine.tokens == [*prompt, *found] and drafts.tally.tokens == 32
             if found == wanted:
-                assert difference(mine.cache, plain.cache) < ROUNDING
+                assert difference(mine.cache, plain.cache) < rounding(name)
 
 
 def test_good_drafts_save_passes():
@@ -111,7 +116,7 @@ def test_a_trial_is_taken_back(name):
         fresh = new_cache(name)
         model(mx.array([some(11)]), cache=fresh)
         model(mx.array([tokens[:n]]), cache=fresh)
-        assert difference(cache, fresh) < ROUNDING and trial.kept == n
+        assert difference(cache, fresh) < rounding(name) and trial.kept == n
     trial.keep(0)
     assert difference(cache, before) == 0
 

@@ -6,6 +6,7 @@
 The text does not depend on the terminal's width or the version of Python, as --help does.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -46,19 +47,24 @@ def _text(text: str) -> list:
     return ["```text", *lines, "```", ""] if lines else []
 
 
-def section(command: str) -> list:
-    """Lines on one command."""
-    parser = flags.parser_of(command)
+def section(command: str, parser: argparse.ArgumentParser | None = None, level: int = 2) -> list:
+    """Lines on one command, its actions included."""
+    parser = parser or flags.parser_of(command)
     found = flags.flags_of(parser)
     first, _, rest = (parser.description or "").strip().partition("\n")
     about = first.partition(": ")[2] or first
-    lines = [f"## {cli.PROG} {command}", "", about[:1].upper() + about[1:], ""]
+    lines = [f"{'#' * level} {cli.PROG} {command}", "", about[:1].upper() + about[1:], ""]
     lines += ["```", flags.usage(command, cli.PROG, found), "```", "", *_text(rest)]
     for group in dict.fromkeys(f.group for f in found):
         title = {"positional arguments": "argument"}.get(group, group)
         lines += [f"| {_cell(title)} | |", "|---|---|"]
         lines += [_row(f) for f in found if f.group == group] + [""]
-    return lines + _text(parser.epilog or "")
+    lines += _text(parser.epilog or "")
+    for action in parser._actions:  # argparse offers no public way to list them
+        if isinstance(action, argparse._SubParsersAction):
+            for name, sub in action.choices.items():
+                lines += section(f"{command} {name}", sub, level + 1)
+    return lines
 
 
 def render() -> str:
