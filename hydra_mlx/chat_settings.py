@@ -4,12 +4,14 @@ import argparse
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import cli, draft_flags, sampling
 from .chat_view import THINKING
 from .errors import UsageError
-from .session_plan import How
+
+if TYPE_CHECKING:
+    from .session_plan import How
 
 MAX_TOKENS = 2048
 FIXED = ("draft_model",)  # chosen when the chat begins
@@ -171,8 +173,10 @@ class Settings:
             found.append(f"{name.replace('_', '-'):<{width}}  {value}{star}")
         return found
 
-    def how(self, tokenizer: Any) -> How:
+    def how(self, tokenizer: Any) -> "How":
         """For Session.reply."""
+        from .session_plan import How  # brings MLX, which the parser does not need
+
         sampler, processors = self.sampling.make(tokenizer)
         v, law = self.values, self.sampling.law(tokenizer) if self.drafts else None
         return How(
