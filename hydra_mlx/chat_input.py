@@ -242,9 +242,9 @@ class ToolkitInput:
         self.stopped = self.take_ctrl_c(self.prompt.input)
         return self._line(text)
 
-    def pasted(self, at_start: bool):
-        """Something was pasted."""
-        self.literal = self.literal or at_start
+    def pasted(self):
+        """Something was pasted where the text begins."""
+        self.literal = True
 
     def _changed(self, buffer: Any):
         if not buffer.text:
