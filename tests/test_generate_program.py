@@ -224,7 +224,8 @@ def test_adapters(program, tiny_model_dir, tmp_path):
 def start(folder, *argv, **options):
     command = [sys.executable, "-m", "hydra_mlx.generate", "--model", str(folder), *map(str, argv)]
     pipes = {n: subprocess.PIPE for n in ("stdin", "stdout", "stderr")}
-    return subprocess.Popen(command, **{**pipes, **options})
+    # No buffer: communicate would lose what a read before it took too much of.
+    return subprocess.Popen(command, **{**pipes, "bufsize": 0, **options})
 
 
 def test_pipe_and_prompt_in_a_process(tiny_model_dir, program):
