@@ -34,11 +34,14 @@ def reader(args: argparse.Namespace, interactive: bool) -> tuple:
     from .fetch import user_cache_dir
 
     kind, about = chat_input.choose(args.input, interactive and sys.stdout.isatty())
-    if args.history is None:
-        history = user_cache_dir() / "chat-history"
-    else:
+    names = list(chat_commands.COMMANDS)
+    if args.history is not None:
         history = None if args.history == "off" else Path(args.history).expanduser()
-    return chat_input.make(kind, interactive, history, list(chat_commands.COMMANDS)), about
+        return chat_input.make(kind, interactive, history, names), about
+    try:
+        return chat_input.make(kind, interactive, user_cache_dir() / "chat-history", names), about
+    except UsageError as e:  # a home that cannot be written is no reason not to talk
+        return chat_input.make(kind, interactive, None, names), f"{e.message} {about}".rstrip()
 
 
 def load(args: argparse.Namespace, options: prompts.ChatOptions) -> tuple:
@@ -106,7 +109,8 @@ def start(args: argparse.Namespace, interactive: bool) -> Any:
         session = Session(sequence, talk, args.prefill_step_size)
     label = args.model or "the default model"
     chat = Chat(session, settings, lines, lambda p: opener(p, replace(options, system=None)), label)
-    chat.interactive, chat.quiet, chat.limit = interactive, args.quiet, limit
+    chat.interactive, chat.quiet, chat.debug = interactive, args.quiet, args.debug
+    chat.limit = limit
     chat.begin(file, about)
     return chat
 

@@ -242,9 +242,9 @@ class ToolkitInput:
         self.stopped = self.take_ctrl_c(self.prompt.input)
         return self._line(text)
 
-    def pasted(self, at_start: bool):
-        """Something was pasted."""
-        self.literal = self.literal or at_start
+    def pasted(self):
+        """Something was pasted where the text begins."""
+        self.literal = True
 
     def _changed(self, buffer: Any):
         if not buffer.text:
@@ -277,7 +277,7 @@ def choose(wanted: str | None, interactive: bool) -> tuple:
         if wanted not in (None, "plain"):
             raise UsageError(f"--input {wanted} needs a terminal.", "Leave --input out.")
         return "plain", ""
-    there = {"prompt_toolkit": _has("prompt_toolkit"), "readline": _has("readline"), "plain": True}
+    there = {k: k == "plain" or importlib.util.find_spec(k) is not None for k in KINDS}
     if wanted is not None and not there[wanted]:
         hint = 'pip install "hydra_mlx[chat]"' if wanted == "prompt_toolkit" else "Leave it out."
         raise UsageError(f"--input {wanted}: this Python has no {wanted}.", hint)
@@ -286,10 +286,6 @@ def choose(wanted: str | None, interactive: bool) -> tuple:
     if wanted is None and not there["prompt_toolkit"]:
         return best, f'Lines are edited with {best}; more with: pip install "hydra_mlx[chat]"'
     return best, ""
-
-
-def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
 
 
 def make(kind: str, interactive: bool, history: Path | None, commands: list) -> Any:

@@ -79,7 +79,8 @@ def key_bindings(reader: Any) -> KeyBindings:
     @keys.add(Keys.BracketedPaste)
     def _(event):
         data = event.data.replace("\r\n", "\n").replace("\r", "\n")
-        reader.pasted(bool(data) and event.current_buffer.cursor_position == 0)
+        if data and event.current_buffer.cursor_position == 0:
+            reader.pasted()
         event.current_buffer.insert_text(data)
 
     @keys.add("c-c")

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import chat_commands, chat_input, cli
 from .chat_settings import Settings
-from .chat_view import View, dim
+from .chat_view import View, dim, short
 from .errors import HydraError, UsageError
 from .session import Session
 from .session_file import describe, save_session
@@ -22,8 +22,8 @@ class Chat:
     """A conversation and the terminal it happens in.
 
     Attributes:
-        session: The conversation. settings: What /set changes. file: Of the session, or None.
-        interactive: Whether somebody types.
+        session: The conversation. settings: What /set changes. interactive: Whether somebody types.
+        file: Last opened or written, or None. keep: Written on leaving, or None.
     """
 
     def __init__(self, session: Session, settings: Settings, reader: Any, opener: Callable, label):
@@ -35,10 +35,12 @@ class Chat:
         self.settings, self.reader = settings, reader
         self.opener, self.label = opener, label
         self.file: Path | None = None
-        self.keep = self.quiet = self.interactive = self.warned = False
+        self.keep: Path | None = None
+        self.quiet = self.debug = self.interactive = self.warned = self.refused = False
         self.limit: int | None = None
         self._take(session)
-        self.interrupt, self.seed, self._known = cli.Interrupt(), None, None
+        self.interrupt, self.seed = cli.Interrupt(), None
+        self._known = {}  # resolved path: identity of what this chat opened or wrote there
 
     def _take(self, session: Session):
         self.session, session.note = session, self.note
@@ -63,8 +65,10 @@ class Chat:
             file: Of --session, whether it is there or not. about: Of the input.
         """
         if file is not None:
-            self.file, self.keep, self._known = file, True, identity(file)
-            found = describe(self.session) if self._known else "new, written on leaving"
+            self.keep, there = file, file.exists()
+            found = describe(self.session) if there else "new, written on leaving"
+            if there:
+                self._opened(file)
             self.note(f"{file}: {found}.")
         if self.interactive:
             self.note(f"{self.label}. /help lists the commands, Ctrl-D leaves. {about}".rstrip())
@@ -79,22 +83,59 @@ class Chat:
                 line = self.reader.read(self.meter() if self.interactive else "")
             except chat_input.Cleared:
                 continue
-            except EOFError:
-                return self.leave(0)
-            except KeyboardInterrupt:
-                return self.leave(cli.INTERRUPTED)
+            except (EOFError, KeyboardInterrupt) as e:
+                code = 0 if isinstance(e, EOFError) else cli.INTERRUPTED
+                if self.may_leave():
+                    return self.over(code)
+                continue
             try:
                 with cli.Interrupt() as self.interrupt:
                     self.interrupt.requested = self.reader.stopped
                     self.do(line)
             except chat_commands.Leave:
-                return self.leave(0)
-            except HydraError as e:
-                if not self.interactive:
-                    raise
-                cli.say(f"error: {e.message}")
-                if e.hint:
-                    cli.say(e.hint)
+                if self.may_leave():
+                    return self.over(0)
+            except BrokenPipeError:
+                raise
+            except Exception as e:  # the session is whole whatever happened: nothing is lost
+                self._failed(e)
+
+    def _failed(self, error: Exception):
+        if not self.interactive:
+            raise error
+
+        def again() -> int:
+            raise error
+
+        cli.guard(again, self.debug)  # prints it
+
+    def may_leave(self) -> bool:
+        """Write the session's file if there is one; False, once, where that fails."""
+        try:
+            self._write_kept()
+        except HydraError as e:
+            if self.refused:
+                raise
+            self.refused = True
+            self._failed(e)
+            self.tell("The chat goes on: /save FILE keeps it elsewhere; leave again to give it up.")
+            return False
+        return True
+
+    def over(self, code: int) -> int:
+        """The end; returns the exit code."""
+        if self.interactive and code == 0:
+            print(flush=True)
+        return code
+
+    def _write_kept(self):
+        talk = self.session.talk
+        if (
+            self.keep is not None
+            and talk.turns
+            and (self.session.changed or self.file != self.keep)
+        ):
+            self.save(self.keep, False)
 
     def do(self, line: chat_input.Line):
         """A message or a command."""
@@ -102,14 +143,6 @@ class Chat:
             chat_commands.run(self, line.text)
         elif line.text.strip():
             self.answer(line.message)
-
-    def leave(self, code: int) -> int:
-        """The end; writes the session's file if there is one."""
-        if self.interactive and code == 0:
-            print(flush=True)
-        if self.keep and self.session.changed and self.session.talk.turns:
-            self.save(self.file, False)
-        return code
 
     def meter(self) -> str:
         """Tokens and memory, in one line."""
@@ -126,7 +159,8 @@ class Chat:
         """Send a message and print the reply."""
         session, tokenizer, out = self.session, self.session.tokenizer, cli.Reply()
         n = len(session.talk) - instead
-        text = session.talk.prompt(message, max(n, 0)).text
+        thinks = getattr(tokenizer, "think_start", None) is not None
+        text = session.talk.prompt(message, max(n, 0)).text if thinks else ""
         view = View(out, self.settings.values.thinking, tokenizer, text)
         begun, reason = False, None
         with self._bar() as bar:
@@ -201,23 +235,31 @@ class Chat:
     def save(self, path: Path, overwrite: bool):
         """Write the conversation and its cache."""
         cli.check_target(path)
-        known = path == self.file and identity(path) == self._known
-        if path.exists() and not overwrite and not known:
-            why = " and was changed since" if path == self.file else ""
+        known = self._known.get(path.resolve())
+        if path.exists() and not overwrite and known != identity(path):
+            why = " and was changed since" if known else ""
             raise UsageError(
                 f"{path} is there already{why}; nothing was written.",
                 f"Take another name, or /save {chat_commands.OVERWRITE} {path}",
             )
         with self._bar() as bar:
-            n = save_session(path, self.session, self.label, bar)
-        self.file, self._known = path, identity(path)
+            n = save_session(path, self.session, self.label, bar, self.interrupt)
+        self._opened(path)
         self.note(f"{path} holds {count(n, 'token')}, {size(path.stat().st_size)}.")
 
     def load(self, path: Path):
         """Go on with a saved conversation; this one stays if that fails."""
-        self._take(self.opener(path))
-        self.file, self._known = path, identity(path)
+        new = self.opener(path)
+        if self.keep is not None:
+            self._write_kept()
+            self.keep = path
+        self._take(new)
+        self._opened(path)
         self.note(f"{path}: {describe(self.session)}.")
+
+    def _opened(self, path: Path):
+        self.file = path
+        self._known[path.resolve()] = identity(path)
 
 
 class Bar:
@@ -245,11 +287,6 @@ class Bar:
 
     def __exit__(self, *exc):
         self.close()
-
-
-def short(n: int) -> str:
-    """A number of tokens in few letters: 870, 4.1k, 41k."""
-    return str(n) if n < 1000 else f"{n / 1000:.1f}k" if n < 10_000 else f"{n / 1000:.0f}k"
 
 
 def identity(path: Path) -> tuple | None:

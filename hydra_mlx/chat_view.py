@@ -27,6 +27,11 @@ def dim(text: str, stream: Any) -> str:
     return f"{DIM}{text}{PLAIN}" if has_colour(stream) else text
 
 
+def short(n: int) -> str:
+    """A number of tokens in few letters: 870, 4.1k, 41k."""
+    return str(n) if n < 1000 else f"{n / 1000:.1f}k" if n < 10_000 else f"{n / 1000:.0f}k"
+
+
 class Words:
     """Holds back a word that comes in pieces until it is whole."""
 

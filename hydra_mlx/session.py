@@ -239,19 +239,22 @@ class Session:
         self.talk, self.changed = talk, True
         return len(self.sequence) - self.sequence.keepable(ids)
 
-    def settle(self, progress: Callable | None = None) -> Read:
+    def settle(self, progress: Callable | None = None, should_stop: Callable | None = None) -> Read:
         """Have the model hold the conversation and nothing else, as a file should.
 
         Returns:
             What it has read.
+
+        Raises:
+            UsageError: It was stopped.
         """
         state = self.talk.state()
         ids, sequence = state.ids, self.sequence
         sequence.mend()
         if ids and ids == sequence.tokens[: len(ids)] and self._goes_back():
             sequence.back_to(len(ids))
-        elif ids != sequence.tokens:
-            self._follow(ids, progress, None)
+        elif ids != sequence.tokens and not self._follow(ids, progress, should_stop):
+            raise UsageError("Stopped before all was read that is to be saved; nothing is written.")
         return state
 
     def _goes_back(self) -> bool:

@@ -22,23 +22,29 @@ from .text import count
 CANNOT = "Take another file; the conversation here is as it was."
 
 
-def save_session(path: Path, session: Session, label: str, progress: Callable | None = None) -> int:
+def save_session(
+    path: Path,
+    session: Session,
+    label: str,
+    progress: Callable | None = None,
+    should_stop: Callable | None = None,
+) -> int:
     """Write a session; an older file is replaced only when the new one is whole.
 
     Args:
         label: The model in words. progress: Called with (tokens read, to read) where the model has
-            to read something first, after turns were taken back.
+            to read something first, after turns were taken back. should_stop: True stops that.
 
     Returns:
         Tokens in the file.
 
     Raises:
-        UsageError: There is nothing to save. CacheError: It cannot be written.
+        UsageError: There is nothing to save, or it was stopped. CacheError: It cannot be written.
     """
     talk = session.talk
     if not talk.turns:
         raise UsageError("There is nothing to save yet.")
-    text, ids = session.settle(progress)
+    text, ids = session.settle(progress, should_stop)
     messages, document = talk.messages(), talk.document()
     if document:
         messages.append({"role": "user", "content": document})

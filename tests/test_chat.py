@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 from hydra_mlx import chat_flags, chat_settings, chat_view, cli
 from hydra_mlx.chat_input import PASTED, History, Line, lines_to_line
+from hydra_mlx.chat_loop import Chat
 from hydra_mlx.errors import UsageError
 from hydra_mlx.prompts import ChatOptions
 from hydra_mlx.session_plan import How
@@ -161,6 +162,46 @@ def test_ctrl_c_through_a_pipe(tiny_model_dir, tmp_path):
     p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and b"Stopped" in err and b"Traceback" not in err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[malloc] no memory"), UsageError("not so")])
+def test_an_error_in_the_middle_loses_nothing(tiny, monkeypatch, capsys, error):
+    """Somebody who types goes on; a pipe ends."""
+    lines = ["One", "Two", "Two", None]
+
+    class Typed:
+        stopped = False
+
+        def read(self, status):
+            line = lines.pop(0)
+            if line is None:
+                raise EOFError
+            return Line(line)
+
+    session, calls = start(tiny, every=512, chat=ChatOptions()), []
+    layer = session.model.model.layers[1]
+
+    def break_once(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 20:
+            raise error
+        return forward(self, *args, **options)
+
+    forward = type(layer).__call__
+    monkeypatch.setattr(type(layer), "__call__", break_once)
+    chat = Chat(session, settings("-m", N), Typed(), None, "it")
+    chat.interactive = True
+    assert chat.run() == 0
+    err, one = capsys.readouterr().err, replies(tiny, "One")[0]
+    assert str(error).split("]")[-1] in err and "Traceback" not in err
+    broken, *rest = session.talk.turns
+    assert 0 < len(broken.reply) < N and one.startswith(broken.reply)
+    assert broken.ended == "interrupt" and [t.user for t in rest] == ["Two", "Two"]
+    session.clear()
+    assert "".join(p.text for p in session.reply("One", How(N))) == one
+    chat.interactive, lines[:], calls[:] = False, ["Three", None], []
+    with pytest.raises(type(error)):
+        chat.run()
 
 
 # -------------------------------------------------------------------------------------- settings

@@ -159,9 +159,9 @@ def test_pastes_and_blocks(chat, tiny, tmp_path):
     t.paste("/exit")
     t.ask("", shown(replies(tiny, "/exit")[0]))
     t.ask("/clear", "Forgot")
-    t.ask('"""', r"\. ")
+    t.ask('"""', r"\n\.")
     t.send("/exit\r")
-    t.expect(r"\. ")
+    t.expect(r"\n\.")
     t.ask('two"""', shown(replies(tiny, "/exit\ntwo")[0]))
     t.ask("/clear", "Forgot")
     t.ask("//exit", shown(replies(tiny, "/exit")[0]))
@@ -208,7 +208,7 @@ def test_history(chat, tiny):
 
 
 def test_ctrl_c(chat, tiny, tmp_path):
-    whole = replies(tiny, "One", n=2000)[0]
+    whole = replies(tiny, "One", n=20)[0]
     t = chat(n=2000)
     t.ask("One", shown(whole[:9]))
     t.send("\x03")
@@ -315,6 +315,24 @@ def test_a_session_file(chat, tiny, tmp_path):
     t.ask(f"/save --overwrite {file}", r"holds [\d,]+ tokens")
     leave(t)
     assert len(reopen(tiny, file).talk) == 2
+
+
+def test_leaving_never_loses_a_session(chat, tiny, tmp_path):
+    """Its file was written by another: the chat stays until told again."""
+    file, other = tmp_path / "talk", tmp_path / "other"
+    t = chat("--session", file)
+    t.ask("One", "Ended by")
+    t.ask(f"/save {other}", r"holds [\d,]+ tokens")
+    file.write_bytes(other.read_bytes())
+    t.ask("Two", "Ended by")
+    t.ask("/exit", "The chat goes on")
+    t.ask(f"/load {other}", "nothing was written")  # which would lose it too
+    t.ask(f"/save --overwrite {file}", r"holds [\d,]+ tokens")
+    t.ask(f"/load {other}", "1 turn")
+    t.ask("Drei", "Ended by")
+    leave(t)
+    assert [x.user for x in reopen(tiny, file).talk.turns] == ["One", "Two"]
+    assert [x.user for x in reopen(tiny, other).talk.turns] == ["One", "Drei"]
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["new", "overwrite"])
