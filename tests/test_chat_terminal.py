@@ -149,7 +149,7 @@ def test_settings_and_system(chat, tiny):
     leave(t)
 
 
-def test_pastes_and_blocks(chat, tiny, tmp_path):
+def test_pastes_and_blocks(chat, tiny, tmp_path, kind):
     file = tmp_path / "a file.txt"
     file.write_text("Some text.")
     t = chat()
@@ -163,6 +163,15 @@ def test_pastes_and_blocks(chat, tiny, tmp_path):
     t.send("/exit\r")
     t.expect(r"\n\.")
     t.ask('two"""', shown(replies(tiny, "/exit\ntwo")[0]))
+    t.quiet()
+    t.send('"""\r')
+    t.expect(r"\n\.")
+    t.quiet()
+    t.send("\x03")  # the block is dropped, not the chat
+    if kind == "readline":
+        t.ask('"""', r"\n\.")
+        t.send("\x04")
+        t.expect("has no end")
     t.ask("/clear", "Forgot")
     t.ask("//exit", shown(replies(tiny, "/exit")[0]))
     t.ask("/clear", "Forgot")
