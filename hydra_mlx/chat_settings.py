@@ -9,7 +9,6 @@ from typing import Any
 from . import cli, draft_flags, sampling
 from .chat_view import THINKING
 from .errors import UsageError
-from .session_plan import How
 
 MAX_TOKENS = 2048
 FIXED = ("draft_model",)  # chosen when the chat begins
@@ -171,8 +170,10 @@ class Settings:
             found.append(f"{name.replace('_', '-'):<{width}}  {value}{star}")
         return found
 
-    def how(self, tokenizer: Any) -> How:
-        """For Session.reply."""
+    def how(self, tokenizer: Any) -> Any:
+        """A How for Session.reply."""
+        from .session_plan import How
+
         sampler, processors = self.sampling.make(tokenizer)
         v, law = self.values, self.sampling.law(tokenizer) if self.drafts else None
         return How(

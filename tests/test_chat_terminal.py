@@ -285,7 +285,7 @@ def test_ctrl_c_at_random_moments(chat, tiny, tmp_path):
     file.write_text("Some text. " * 150)
     expected = replies(tiny, "One", "Two", n=12)
     t = chat(n=400)
-    for _ in range(8):
+    for _ in range(6):
         t.quiet()
         t.send(rng.choice(["Tell me", f"/read {file}", "/regen", "Go on"]))
         t.quiet(0.05)
@@ -349,7 +349,7 @@ def test_kill_while_saving(terminals, tiny_model_dir, tiny, tmp_path, old):
     """The file is the old one, the new one or none, never a half one."""
     rng, file, seen = random.Random(old), tmp_path / "talk", []
     flags = ("--model", tiny_model_dir, "-m", 4, "--history", "off", "--input", "readline")
-    for i in range(8):
+    for i in range(6):
         file.unlink(missing_ok=True)
         t = terminals.start(*flags, slow=0.01)
         t.ask("One", "Ended by")
