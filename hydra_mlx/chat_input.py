@@ -167,7 +167,7 @@ class ReadlineInput:
     def __init__(self, history: History):
         import readline
 
-        self.readline, self.history, self.status = readline, history, ""
+        self.readline, self.history, self.status, self.more = readline, history, "", False
         # libedit knows nothing of pasting: lines that come at once are taken as pasted.
         self.marks = "libedit" not in (readline.__doc__ or "")
         readline.set_auto_history(False)
@@ -190,9 +190,8 @@ class ReadlineInput:
         try:
             line = lines_to_line(self._line)
         except KeyboardInterrupt:
-            typed = self.readline.get_line_buffer().replace(PASTED, "")
             print(flush=True)
-            if typed:
+            if self.more or self.readline.get_line_buffer().replace(PASTED, ""):
                 raise Cleared from None
             raise
         n = len(self.history.entries)
@@ -202,6 +201,7 @@ class ReadlineInput:
         return line
 
     def _line(self, prompt: str) -> str:
+        self.more = prompt == MORE
         text = input(prompt)
         if self.marks:
             return text

@@ -83,6 +83,9 @@ class Chat:
                 line = self.reader.read(self.meter() if self.interactive else "")
             except chat_input.Cleared:
                 continue
+            except HydraError as e:
+                self._failed(e)
+                continue
             except (EOFError, KeyboardInterrupt) as e:
                 code = 0 if isinstance(e, EOFError) else cli.INTERRUPTED
                 if self.may_leave():
@@ -95,16 +98,14 @@ class Chat:
             except chat_commands.Leave:
                 if self.may_leave():
                     return self.over(0)
-            except BrokenPipeError:
-                raise
             except Exception as e:  # the session is whole whatever happened: nothing is lost
                 self._failed(e)
 
     def _failed(self, error: Exception):
-        if not self.interactive:
+        if not self.interactive or isinstance(error, BrokenPipeError):
             raise error
 
-        def again() -> int:
+        def again():
             raise error
 
         cli.guard(again, self.debug)  # prints it
@@ -112,7 +113,8 @@ class Chat:
     def may_leave(self) -> bool:
         """Write the session's file if there is one; False, once, where that fails."""
         try:
-            self._write_kept()
+            with cli.Interrupt() as self.interrupt:
+                self._write_kept()
         except HydraError as e:
             if self.refused:
                 raise

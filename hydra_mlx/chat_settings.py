@@ -4,14 +4,11 @@ import argparse
 import re
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import cli, draft_flags, sampling
 from .chat_view import THINKING
 from .errors import UsageError
-
-if TYPE_CHECKING:
-    from .session_plan import How
 
 MAX_TOKENS = 2048
 FIXED = ("draft_model",)  # chosen when the chat begins
@@ -173,9 +170,9 @@ class Settings:
             found.append(f"{name.replace('_', '-'):<{width}}  {value}{star}")
         return found
 
-    def how(self, tokenizer: Any) -> "How":
-        """For Session.reply."""
-        from .session_plan import How  # brings MLX, which the parser does not need
+    def how(self, tokenizer: Any) -> Any:
+        """A How for Session.reply."""
+        from .session_plan import How
 
         sampler, processors = self.sampling.make(tokenizer)
         v, law = self.values, self.sampling.law(tokenizer) if self.drafts else None

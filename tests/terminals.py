@@ -110,6 +110,7 @@ class Terminal:
     def __init__(self, master: int, slave: int, pid: int, codes):
         self.master, self.slave, self.pid, self.codes = master, slave, pid, codes
         self.raw, self.seen, self.code = b"", 0, None
+        self.answered = 0  # prompts there were when the last line was sent
 
     def send(self, text: str | bytes):
         """Type."""
@@ -150,12 +151,19 @@ class Terminal:
         while self._more(seconds):
             pass
 
+    def ready(self):
+        """Wait until there is another prompt than the one of the last ask, or nothing comes."""
+        while self.prompts <= self.answered and self._more(0.15):
+            pass
+        self.quiet(0.03)
+
     def ask(self, line: str, pattern: str) -> str:
         """Type a line; what is printed up to and with a pattern."""
-        self.quiet()
+        self.ready()
         self.seen = len(self.text)
         self.send(line)
-        self.quiet(0.05)  # the echo, before Enter: editors read keys one by one
+        self.quiet(0.03)  # the echo, before Enter: editors read keys one by one
+        self.answered = self.prompts
         self.send("\r")
         return self.expect(pattern)
 

@@ -149,7 +149,7 @@ def test_settings_and_system(chat, tiny):
     leave(t)
 
 
-def test_pastes_and_blocks(chat, tiny, tmp_path):
+def test_pastes_and_blocks(chat, tiny, tmp_path, kind):
     file = tmp_path / "a file.txt"
     file.write_text("Some text.")
     t = chat()
@@ -163,6 +163,15 @@ def test_pastes_and_blocks(chat, tiny, tmp_path):
     t.send("/exit\r")
     t.expect(r"\n\.")
     t.ask('two"""', shown(replies(tiny, "/exit\ntwo")[0]))
+    t.quiet()
+    t.send('"""\r')
+    t.expect(r"\n\.")
+    t.quiet()
+    t.send("\x03")  # the block is dropped, not the chat
+    if kind == "readline":
+        t.ask('"""', r"\n\.")
+        t.send("\x04")
+        t.expect("has no end")
     t.ask("/clear", "Forgot")
     t.ask("//exit", shown(replies(tiny, "/exit")[0]))
     t.ask("/clear", "Forgot")
@@ -276,7 +285,7 @@ def test_ctrl_c_at_random_moments(chat, tiny, tmp_path):
     file.write_text("Some text. " * 150)
     expected = replies(tiny, "One", "Two", n=12)
     t = chat(n=400)
-    for _ in range(8):
+    for _ in range(6):
         t.quiet()
         t.send(rng.choice(["Tell me", f"/read {file}", "/regen", "Go on"]))
         t.quiet(0.05)
@@ -340,7 +349,7 @@ def test_kill_while_saving(terminals, tiny_model_dir, tiny, tmp_path, old):
     """The file is the old one, the new one or none, never a half one."""
     rng, file, seen = random.Random(old), tmp_path / "talk", []
     flags = ("--model", tiny_model_dir, "-m", 4, "--history", "off", "--input", "readline")
-    for i in range(8):
+    for i in range(6):
         file.unlink(missing_ok=True)
         t = terminals.start(*flags, slow=0.01)
         t.ask("One", "Ended by")
