@@ -184,13 +184,19 @@ class Terminal:
         raise AssertionError(f"no prompt: {self.text[self.seen :]!r}")
 
     def wait(self) -> int:
-        """The exit code, once it is over."""
+        """The exit code, once it is over; late, it is killed and the test fails."""
+        end, late = time.monotonic() + WAIT, False
         while not self.is_over():
+            if time.monotonic() > end and not late:
+                os.kill(self.pid, signal.SIGKILL)
+                late = True
             self._more(0.1)
         self.code = int(self.codes.readline())
         self.quiet(0.05)
         os.close(self.master)
         os.close(self.slave)
+        if late:
+            raise AssertionError(f"it did not end: {self.text[self.seen :]!r}")
         return self.code
 
     def kill(self) -> int:
