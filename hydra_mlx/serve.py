@@ -20,6 +20,8 @@ from .generate import parse_bits
 from .server_flags import check_flags, check_host, find_key, memory_size
 from .text import count, size
 
+LAST_WORDS_S = 5.0  # for replies that are broken off to say so
+
 EPILOG = """\
 What requests have read is kept in memory: a prompt that begins like an earlier one, is an edited
 version of it, or asks something else about the same document is read from where it differs, and
@@ -271,6 +273,7 @@ def _serve(server: Any, engine: Any, note: Callable) -> int:
         server.shutdown()
         server.server_close()
         engine.stop()
+        server.finish(LAST_WORDS_S)
     note("Stopped.")
     return 0
 

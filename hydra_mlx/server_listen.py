@@ -3,6 +3,7 @@
 import socket
 import sys
 import threading
+import time
 from http.server import ThreadingHTTPServer
 from typing import Any
 
@@ -27,6 +28,7 @@ class Server(ThreadingHTTPServer):
         )  # fmt: skip
         self.address_family, _, _, _, address = found[0]
         self._free = threading.BoundedSemaphore(service.connections)
+        self._answering: set = set()
         super().__init__(address, lambda *args: Handler(service, *args))
 
     def process_request(self, request: Any, client_address: Any):
@@ -38,10 +40,18 @@ class Server(ThreadingHTTPServer):
 
     def process_request_thread(self, request: Any, client_address: Any):
         """The thread."""
+        self._answering.add(threading.current_thread())
         try:
             super().process_request_thread(request, client_address)
         finally:
+            self._answering.discard(threading.current_thread())
             self._free.release()
+
+    def finish(self, seconds: float):
+        """Wait so long at most for answers under way to be sent; their threads are daemons."""
+        end = time.monotonic() + seconds
+        for thread in list(self._answering):
+            thread.join(max(0.0, end - time.monotonic()))
 
     def handle_error(self, request: Any, client_address: Any):
         """A connection that broke is no news; anything else is one line."""
