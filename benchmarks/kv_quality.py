@@ -3,7 +3,9 @@
 Reads texts into a cache in full precision and in 8 and 4 bits, keys and values apart, groups of 32
 and 64, and compares the logits of every token: Kullback-Leibler divergence from full precision,
 the share of tokens whose likeliest successor stays the same, perplexity. Then asks for needles in
-haystacks. Without MODEL it takes the default model. The last line is JSON.
+haystacks. Without MODEL it takes the one in this package; docs/cache.md has the figures of its
+plain base, which `python tools/base_model.py base.gguf` and `hydra-mlx convert --hf-path base.gguf
+--head-map identity` make. The last line is JSON.
 """
 
 import argparse
@@ -79,10 +81,6 @@ def main(argv=None) -> int:
     p.add_argument("--formats", help="some of them, by number from 0 (full precision): 0,3,8")
     p.add_argument("--json")
     args = p.parse_args(argv)
-    if args.model is None:
-        from hydra_mlx.default_model import ensure
-
-        args.model = ensure(lambda line: print(line, file=sys.stderr))
     model, tokenizer = hydra_mlx.load(args.model)
     texts = [tokenizer.encode(Path(t).read_text("utf-8"))[: args.tokens] for t in args.text]
     lengths = tuple(int(n) for n in args.lengths.split(","))

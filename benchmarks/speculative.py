@@ -1,10 +1,14 @@
-"""Drafts against plain decoding in one run: python benchmarks/speculative.py [--tokens N]
+"""Drafts against plain decoding in one run: python benchmarks/speculative.py [MODEL] [--tokens N]
 
-The default model on prompts whose replies copy (quote a passage, edit code) and on one whose reply
-does not: tokens a pass, accepted guesses, and time beside plain decoding, the two in turn. What a
-pass over 1 to 8 tokens costs, on it and on a random hybrid of its size, and taking tokens back.
-What guesses cost that are never right. Replies of small random models with and without drafts, in
-float32. The last line is JSON.
+MODEL is the one in this package unless it is given; docs/speculative.md has the figures of its
+plain base, which `python tools/base_model.py base.gguf` and `hydra-mlx convert --hf-path base.gguf
+--head-map identity` make.
+
+It answers prompts whose replies copy (quote a passage, edit code) and one whose reply does not:
+tokens a pass, accepted guesses, and time beside plain decoding, the two in turn. What a pass over 1
+to 8 tokens costs, on it and on a random hybrid of its size, and taking tokens back. What guesses
+cost that are never right. Replies of small random models with and without drafts, in float32. The
+last line is JSON.
 """
 
 import argparse
@@ -14,7 +18,6 @@ import time
 import hydra_mlx
 from hydra_mlx.checkpoints import Checkpoints
 from hydra_mlx.config import HydraArgs
-from hydra_mlx.default_model import ensure
 from hydra_mlx.drafts import Draft, LookupDrafts, ModelDrafts
 from hydra_mlx.model import Model
 from hydra_mlx.sequence import CachedSequence
@@ -203,19 +206,20 @@ def equality(models: int, prompts: int, n: int = 48) -> dict:
 def main(argv=None) -> int:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", metavar="MODEL")
     parser.add_argument("--tokens", type=int, default=160, help="longest reply")
     parser.add_argument("--models", type=int, default=10, help="random models for equality")
     parser.add_argument("--prompts", type=int, default=20, help="prompts for each of them")
     parser.add_argument("--only", choices=("costs", "replies", "equality"), help="one part")
     args = parser.parse_args(argv)
     parts = (args.only,) if args.only else ("costs", "replies", "equality")
-    model, tokenizer = hydra_mlx.load(ensure(print))
+    model, tokenizer = hydra_mlx.load(args.model)
     result = {"device": str(mx.default_device()), "pass_costs": {}}
     H, L = model.args.num_attention_heads, model.args.num_hidden_layers
     heads = [sorted({2 * i % H, (2 * i + 4) % H}) for i in range(L)]
     hybrid = {k: getattr(model.args, k) for k in SIZE} | {"full_attention_heads": heads}
     hybrid |= {"model_type": "hydrahead", "weights_form": "fused"}
-    models = {"default model": model, f"random hybrid, 2 FA heads of {H}": random_model(hybrid)}
+    models = {"model": model, f"random hybrid, 2 FA heads of {H}": random_model(hybrid)}
     for name, m in models.items() if "costs" in parts else ():
         costs = result["pass_costs"][name] = pass_costs(m)
         print(f"a pass over T tokens, T=1 is 1, {name}:\n  {costs}")

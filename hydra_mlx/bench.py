@@ -41,7 +41,12 @@ The last line on stdout is JSON. Ctrl-C ends the measuring and prints what there
 def build_parser() -> cli.Parser:
     """Flags of `hydra-mlx bench`."""
     p = cli.parser("bench", __doc__, EPILOG)
-    p.add_argument("model", nargs="?", metavar="MODEL", help="model folder or hub id")
+    p.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="model folder or hub id (default: the small one in this package)",
+    )
     p.add_argument(
         "--vs", action="append", default=[], metavar="PATH", help="another model; repeatable"
     )
@@ -93,8 +98,6 @@ def check_flags(args: argparse.Namespace) -> list:
     Raises:
         UsageError: The first such flag.
     """
-    if args.geometry is None and args.model is None:
-        raise UsageError("There is no model.", "Give a MODEL, or --geometry for random weights.")
     if args.geometry is None and args.ratio is not None:
         raise UsageError("--ratio has no effect without --geometry.")
     if args.geometry is not None and args.model is not None:
@@ -146,6 +149,7 @@ def load(args: argparse.Namespace, ratios: Sequence) -> list:
     from mlx.utils import tree_flatten
 
     from .loading import load_model, resolve_path
+    from .manifest import model_name
     from .measure import Subject
 
     found = []
@@ -153,12 +157,11 @@ def load(args: argparse.Namespace, ratios: Sequence) -> list:
         model = random_model(args.geometry, ratio)
         nbytes = sum(x.nbytes for _, x in tree_flatten(model.parameters()))
         found.append(Subject(f"{args.geometry} {ratio}", model, nbytes, "random, 4 bits"))
-    for path in [*([] if args.model is None else [args.model]), *args.vs]:
+    for path in [*([args.model] if args.geometry is None else []), *args.vs]:
         folder = resolve_path(path)
         model = load_model(folder, args.dtype)
         report = model.load_report
-        local = Path(path).expanduser().exists()
-        name = (folder.resolve().name if local else path) or str(folder)
+        name = model_name(path, folder.resolve()) or str(folder)
         found.append(Subject(text.printable(name), model, report.nbytes, report.weights))
     for i, s in enumerate(found):
         if s.label in {x.label for x in found[:i]}:

@@ -31,7 +31,7 @@ def build_parser() -> cli.Parser:
 
 def reader(args: argparse.Namespace, interactive: bool) -> tuple:
     """(what reads lines, what to tell about it)."""
-    from .fetch import user_cache_dir
+    from .files import user_cache_dir
 
     kind, about = chat_input.choose(args.input, interactive and sys.stdout.isatty())
     names = list(chat_commands.COMMANDS)
@@ -54,12 +54,7 @@ def load(args: argparse.Namespace, options: prompts.ChatOptions) -> tuple:
     from .conversation import Conversation
     from .generate import load_adapters
 
-    if args.model is None:
-        from .default_model import ensure
-
-        folder = ensure(cli.say)
-    else:
-        folder = loading.resolve_path(args.model)
+    folder = loading.resolve_path(args.model)
     tokenizer = loading.load_tokenizer(folder)
     prompts.add_end_tokens(tokenizer, args.extra_eos_token)
     talk = Conversation(tokenizer, options)

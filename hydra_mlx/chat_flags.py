@@ -27,7 +27,7 @@ def build_parser(about: str) -> cli.Parser:
     p.add_argument(
         "--model",
         metavar="PATH",
-        help="model folder or hub id (default: a small one, fetched once)",
+        help="model folder or hub id (default: the small one in this package)",
     )
     p.add_argument("--adapter-path", metavar="DIR", help="adapters from mlx_lm.lora")
     p.add_argument(

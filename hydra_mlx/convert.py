@@ -48,7 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--quant-predicate",
         "--recipe",
-        help="mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6, or embed_8 (8-bit embedding)",
+        help="mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6, or embed_6, embed_8 (bits of embedding "
+        "and output head)",
     )
     p.add_argument(
         "--protect",
@@ -210,25 +211,6 @@ def print_plan(job, target: Path, log: Callable[[str], None]):
         f"{p.state / 1e6:.1f} MB of state a sequence"
     )
     require_room(p)
-
-
-def convert_default(source: Path, target: Path, log: Callable[[str], None]):
-    """Convert the default model's source with every head full attention, keeping a GGUF's
-    quantisation bit for bit.
-
-    Args:
-        source: From fetch.fetch_default_source. target: Folder to make. log: One line per step.
-
-    Raises:
-        HydraError: See the messages.
-    """
-    from .converter import Job, run
-    from .sources import open_source
-
-    job = Job(open_source(source, "identity"), "fused", None, None, 0, 2 * 10**9)
-    log(f"Converting {source.name}: {job.source.report.summary()}.")
-    run(job, target, False, lambda label, done, total: None)
-    log(f"Wrote {target}.")
 
 
 def work(args: argparse.Namespace) -> int:

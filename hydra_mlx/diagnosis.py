@@ -200,18 +200,18 @@ def _available() -> int | None:
 
 
 def disk() -> list:
-    """The folder of downloads and of the default model."""
-    from .fetch import user_cache_dir
+    """The folder of what the hub's models are downloaded to."""
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-    folder = user_cache_dir()
+    folder = Path(HF_HUB_CACHE)
     place = next((p for p in (folder, *folder.parents) if p.exists()), Path("/"))
     if not os.access(place, os.W_OK):
-        todo = "Point HYDRA_MLX_CACHE at a folder that can be written."
-        return [Line(WARN, "cache folder", f"{folder} cannot be written", todo)]
+        todo = "Point HF_HOME at a folder that can be written."
+        return [Line(WARN, "hub cache", f"{folder} cannot be written", todo)]
     free = shutil.disk_usage(place).free
     few = free < 2 * GB
-    todo = "Free some space, or point HYDRA_MLX_CACHE elsewhere." if few else ""
-    return [Line(WARN if few else OK, "cache folder", f"{folder}, {text.size(free)} free", todo)]
+    todo = "Free some space, or point HF_HOME elsewhere." if few else ""
+    return [Line(WARN if few else OK, "hub cache", f"{folder}, {text.size(free)} free", todo)]
 
 
 def extras() -> list:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cli, diagnosis, redact
+from . import cli, default_model, diagnosis, redact
 from .diagnosis import FAIL, OK, WARN, Line
 from .errors import UsageError
 from .text import count, first_line, printable
@@ -32,7 +32,12 @@ above the model's, or values of unknown variables. Read it before you send it.
 def build_parser() -> cli.Parser:
     """Flags of `hydra-mlx doctor`."""
     p = cli.parser("doctor", __doc__, EPILOG)
-    p.add_argument("model", nargs="?", metavar="MODEL", help="model folder or cached hub id")
+    p.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="model folder or cached hub id (default: the small one in this package)",
+    )
     p.add_argument("--report", metavar="FILE", type=Path, help="write a file for a bug report")
     p.add_argument(
         "--deadline",
@@ -134,7 +139,7 @@ def kernels(exam: Examination, facts: Any, verbose: bool):
 
 def report(exam: Examination, paths: Sequence) -> str:
     """The text of --report; of the paths only the last parts stay in it."""
-    from .fetch import user_cache_dir
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     lines = ["# hydra_mlx doctor", "", *(shown(x) for x in exam.lines)]
     lines += ["", "## Settings", "", *(redact.environment() or ["none"])]
@@ -144,22 +149,19 @@ def report(exam: Examination, paths: Sequence) -> str:
         lines += ["", "## Device", "", *(f"{k}: {v}" for k, v in sorted(mx.device_info().items()))]
     except Exception as e:  # said above already
         lines += ["", f"no device: {first_line(e)}"]
-    return redact.without_names("\n".join(lines) + "\n", [str(user_cache_dir()), *paths])
+    return redact.without_names("\n".join(lines) + "\n", [HF_HUB_CACHE, *paths])
 
 
 def work(args: argparse.Namespace) -> int:
     """Look at everything; returns the exit code."""
+    from .facts import find
     from .heatmap import wants_colour
 
     if args.report is not None:
         cli.check_target(args.report)
         if args.report.expanduser().exists():
             raise UsageError(f"{args.report} exists.", "Choose another name, or remove it first.")
-    path = None
-    if args.model is not None:
-        from .facts import find
-
-        path = find(args.model)
+    path = default_model.PLACE if args.model is None else find(args.model)
     exam = Examination(args.deadline, wants_colour(sys.stdout))
     facts = None
 
@@ -169,14 +171,13 @@ def work(args: argparse.Namespace) -> int:
         return lines
 
     looks = {"versions": diagnosis.versions, "backend": diagnosis.backend}
-    looks |= {"memory": diagnosis.memory, "cache folder": diagnosis.disk}
+    looks |= {"memory": diagnosis.memory, "hub cache": diagnosis.disk}
     looks |= {"extras": diagnosis.extras}
     for name, look in looks.items():
         exam.ask(name, look)
-    if path is not None:
-        exam.ask("model", look_at_model)
-        if facts is not None and path.is_dir():
-            exam.ask("tokenizer", lambda: diagnosis.tokenizer(path))
+    exam.ask("model", look_at_model)
+    if facts is not None and path.is_dir():
+        exam.ask("tokenizer", lambda: diagnosis.tokenizer(path))
     if not any(x.what == "mlx" and x.status == FAIL for x in exam.lines):
         kernels(exam, facts, args.verbose)
     if exam.late:
@@ -189,7 +190,7 @@ def work(args: argparse.Namespace) -> int:
     if args.report is not None:
         from .files import write_whole
 
-        named = [] if path is None else [str(path.absolute()), str(path), args.model]
+        named = [str(path.absolute()), str(path), args.model or ""]
         said = report(exam, named)
         write_whole(args.report.expanduser(), lambda beside: beside.write_text(said, "utf-8"))
         cli.say(f"Wrote {args.report}; read it before you send it.")

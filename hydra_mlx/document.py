@@ -45,7 +45,11 @@ def build_parser() -> cli.Parser:
 def _read_flags(p: argparse.ArgumentParser):
     p.add_argument("file", nargs="+", metavar="FILE", help="the document; - for stdin")
     p.add_argument("--out", required=True, metavar="CACHE", help="the file to make")
-    p.add_argument("--model", metavar="PATH", help="model folder or hub id (default: a small one)")
+    p.add_argument(
+        "--model",
+        metavar="PATH",
+        help="model folder or hub id (default: the small one in this package)",
+    )
     p.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -150,12 +154,7 @@ def _read(args: argparse.Namespace) -> int:
     )
     document = document_text(args.file)
     old = load_cache(out) if out.exists() and not args.overwrite else None
-    if args.model is None:
-        from .default_model import ensure
-
-        folder = ensure(cli.say)
-    else:
-        folder = loading.resolve_path(args.model)
+    folder = loading.resolve_path(args.model)
     tokenizer = loading.load_tokenizer(folder)
     text, ids, messages = lay_out(tokenizer, document, chat)
     _fits(old, ids, args)

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from . import default_model
 from .config import MODEL_TYPE, HydraArgs, layer_heads
 from .errors import CheckpointError, ConfigError, UsageError
 from .folder import check_sizes, read_config
@@ -98,12 +99,17 @@ class Facts:
         return max(int(room / a_token), 0)
 
 
-def find(text: str) -> Path:
+def find(text: str | None) -> Path:
     """A local path as it is; a hub id from the hub's cache, which is never filled here.
+
+    Args:
+        text: None is the default model.
 
     Raises:
         UsageError: Neither.
     """
+    if text is None:
+        return default_model.folder()
     try:
         local = Path(text).expanduser()
         if local.exists():

@@ -1,12 +1,27 @@
-"""Reading JSON that a person gave, and writing files whole or not at all."""
+"""Reading JSON that a person gave, writing files whole or not at all, and where ours are kept."""
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, UsageError
+
+
+def user_cache_dir() -> Path:
+    """Where files of this program are kept that nobody named; not created here.
+
+    $HYDRA_MLX_CACHE, else $XDG_CACHE_HOME/hydra_mlx, else ~/Library/Caches/hydra_mlx on macOS
+    and ~/.cache/hydra_mlx elsewhere.
+    """
+    if os.environ.get("HYDRA_MLX_CACHE"):
+        return Path(os.environ["HYDRA_MLX_CACHE"]).expanduser()
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]).expanduser() / "hydra_mlx"
+    base = "Library/Caches" if sys.platform == "darwin" else ".cache"
+    return Path.home() / base / "hydra_mlx"
 
 
 def sync_folder(folder: Path, files: bool = True):

@@ -35,6 +35,20 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def is_whole(folder: Path) -> bool:
+    """Has the folder a config and all its weights? (A fetch that broke off leaves a part.)"""
+    if not (folder / "config.json").is_file():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    try:
+        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+    return all((folder / str(shard)).is_file() for shard in shards)
+
+
 def check_sizes(args: HydraArgs, headers: dict):
     """Refuse a config whose numbers do not fit the files before any memory is asked for.
 

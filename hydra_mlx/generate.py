@@ -62,7 +62,7 @@ def build_parser() -> cli.Parser:
     p.add_argument(
         "--model",
         metavar="PATH",
-        help="model folder or hub id (default: a small one, fetched once)",
+        help="model folder or hub id (default: the small one in this package)",
     )
     p.add_argument("--adapter-path", metavar="DIR", help="adapters from mlx_lm.lora")
     p.add_argument(
@@ -246,12 +246,7 @@ def work(args: argparse.Namespace) -> int:
 
     from . import loading
 
-    if args.model is None:
-        from .default_model import ensure
-
-        folder = ensure(cli.say)
-    else:
-        folder = loading.resolve_path(args.model)
+    folder = loading.resolve_path(args.model)
     start = time.perf_counter()
     tokenizer = loading.load_tokenizer(folder)
     prompts.add_end_tokens(tokenizer, args.extra_eos_token)

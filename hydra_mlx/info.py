@@ -31,7 +31,12 @@ FORMS = {
 def build_parser() -> cli.Parser:
     """Flags of `hydra-mlx info`."""
     p = cli.parser("info", __doc__)
-    p.add_argument("model", metavar="MODEL", help="model folder, .gguf file or cached hub id")
+    p.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="model folder, .gguf file or cached hub id (default: the small one in this package)",
+    )
     p.add_argument("--png", metavar="FILE", type=Path, help="draw the head map into a picture")
     p.add_argument("--json", action="store_true", help="every figure as one JSON line")
     p.add_argument("--debug", action="store_true", help="show tracebacks")

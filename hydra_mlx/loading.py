@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from . import default_model
 from .config import MODEL_TYPE, HydraArgs
 from .errors import CheckpointError, ConfigError, UsageError
 from .folder import check_sizes, memory_bytes, read_config
@@ -45,7 +46,7 @@ def on_cpu() -> bool:
 
 
 def load_model(
-    path: str | os.PathLike,
+    path: str | os.PathLike | None = None,
     dtype: str = "auto",
     lazy: bool = False,
     check: bool = False,
@@ -53,7 +54,8 @@ def load_model(
     """Load a model; no tokenizer is needed.
 
     Args:
-        path: Folder with config.json and safetensors (spec layout or converted), or a hub id.
+        path: Folder with config.json and safetensors (spec layout or converted), or a hub id;
+            None is the small model in this package.
         dtype: "auto", or "float32", "bfloat16", "float16" for unquantised weights. "auto" keeps
             what the files hold, except on a CPU, where float32 is several times faster: there
             weights become float32, quantised ones too when they fit.
@@ -88,7 +90,9 @@ def load_model(
     return model
 
 
-def load(path: str | os.PathLike, dtype: str = "auto", lazy: bool = False) -> tuple[nn.Module, Any]:
+def load(
+    path: str | os.PathLike | None = None, dtype: str = "auto", lazy: bool = False
+) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer; arguments as in load_model.
 
     Returns:
@@ -123,12 +127,17 @@ def load_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({first_line(e)}).") from e
 
 
-def resolve_path(path: str | os.PathLike) -> Path:
+def resolve_path(path: str | os.PathLike | None) -> Path:
     """A local folder as it is; anything that looks like a hub id is fetched.
+
+    Args:
+        path: None is the default model.
 
     Raises:
         UsageError: Neither a folder nor a hub id that can be had.
     """
+    if path is None:
+        return default_model.folder()
     text = os.fspath(path)
     try:
         local = Path(text).expanduser()

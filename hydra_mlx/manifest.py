@@ -21,9 +21,9 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def model_name(given: str, path: Path) -> str:
+def model_name(given: str | None, path: Path) -> str:
     """What a result calls a model: the hub id, or the last part of a local path."""
-    return path.name if Path(given).expanduser().exists() else given
+    return path.name if given is None or Path(given).expanduser().exists() else given
 
 
 def model_hash(path: Path) -> str:

@@ -55,7 +55,12 @@ def build_parser() -> cli.Parser:
     """Flags of `hydra-mlx needle`."""
     p = cli.parser("needle", __doc__, EPILOG)
     d = NeedleSettings()
-    p.add_argument("model", metavar="MODEL", help="model folder or hub id")
+    p.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="model folder or hub id (default: the small one in this package)",
+    )
     p.add_argument(
         "--lengths",
         type=numbers(int, 32, 2**31, "a length of 32 tokens or more"),

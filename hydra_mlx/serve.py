@@ -37,7 +37,7 @@ def build_parser() -> cli.Parser:
     """The flags; mlx_lm.server's names where it has one."""
     p = cli.parser("serve", __doc__, EPILOG)
     p.add_argument(
-        "--model", metavar="PATH", help="folder or hub id (default: a small one, fetched once)"
+        "--model", metavar="PATH", help="folder or hub id (default: the small one in this package)"
     )
     p.add_argument("--adapter-path", metavar="DIR", help="adapters from mlx_lm.lora")
     p.add_argument(
@@ -161,12 +161,7 @@ def work(args: argparse.Namespace) -> int:
     from . import loading
     from .server_listen import Server
 
-    if args.model is None:
-        from .default_model import ensure
-
-        folder = ensure(cli.say)
-    else:
-        folder = loading.resolve_path(args.model)
+    folder = loading.resolve_path(args.model)
     tokenizer = loading.load_tokenizer(folder)
     model = loading.load_model(folder, args.dtype)
     if args.adapter_path is not None:

@@ -203,7 +203,6 @@ def test_random_geometry(ratio, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        ([], "no model"),
         (["m", "--ratio", "3:1"], "--ratio has no effect"),
         (["m", "--geometry", "0.6b"], "stands for MODEL"),
         (["--geometry", "0.6b", "--ratio", "5:1"], "'5:1'"),

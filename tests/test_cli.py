@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import hydra_mlx
-from hydra_mlx import cli, default_model, fetch
+from hydra_mlx import cli, files
 from hydra_mlx.__main__ import COMMANDS, main
 from hydra_mlx.errors import UsageError
 
@@ -113,27 +114,14 @@ def test_bar_on_a_terminal(monkeypatch):
     assert "1,000/2,000 tokens" in sys.stderr.getvalue()
 
 
-def test_default_model_is_converted_once(monkeypatch, tmp_path):
-    import types
-
-    done = []
-
-    def convert(source, target, log):
-        done.append(source)
-        target.mkdir(parents=True)
-        (target / "config.json").write_text("{}")
-
-    monkeypatch.setattr(fetch, "fetch_default_source", lambda log, cache_dir=None: tmp_path / "src")
-    module = types.SimpleNamespace(convert_default=convert)
-    monkeypatch.setitem(sys.modules, "hydra_mlx.convert", module)
-    monkeypatch.setattr(hydra_mlx, "convert", module, raising=False)
-    told = []
-    first = default_model.ensure(told.append, tmp_path)
-    assert first == default_model.ensure(told.append, tmp_path) == default_model.folder(tmp_path)
-    assert done == [tmp_path / "src"] and len(told) == 1
-
-
-def test_default_model_cannot_be_written(tmp_path):
-    (tmp_path / "models").write_text("in the way")
-    with pytest.raises(UsageError, match="HYDRA_MLX_CACHE"):
-        default_model.ensure(print, tmp_path)
+def test_user_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("HYDRA_MLX_CACHE", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert files.user_cache_dir() == tmp_path
+    monkeypatch.delenv("HYDRA_MLX_CACHE")
+    assert files.user_cache_dir() == tmp_path / "xdg" / "hydra_mlx"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(files.sys, "platform", "darwin")
+    assert files.user_cache_dir() == Path.home() / "Library" / "Caches" / "hydra_mlx"
+    monkeypatch.setattr(files.sys, "platform", "linux")
+    assert files.user_cache_dir() == Path.home() / ".cache" / "hydra_mlx"

@@ -166,7 +166,7 @@ def test_what_breaks_is_a_line(monkeypatch, capsys):
 
     monkeypatch.setattr(diagnosis, "disk", broken)
     code, found, _ = examine(capsys)
-    assert code == 1 and "Permission denied" in found[FAIL, "cache folder"][0]
+    assert code == 1 and "Permission denied" in found[FAIL, "hub cache"][0]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_report_has_no_names(tiny_model_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
     monkeypatch.setenv("HF_ENDPOINT", "https://jane:password@hub")
-    monkeypatch.setenv("HYDRA_MLX_CACHE", "/Volumes/janes-disk/cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/Volumes/janes-disk/hub")
     monkeypatch.setenv("HYDRA_BLAS", "auto")
     monkeypatch.setattr("platform.node", lambda: "janes-laptop")
     monkeypatch.setattr("getpass.getuser", lambda: "jane")

@@ -1,18 +1,19 @@
-"""The default model's greedy tokens against mlx_lm's own Llama on the same weights.
+"""Greedy tokens of a converted Llama against mlx_lm's own Llama on the same weights.
 
-    python benchmarks/default_model.py [--tokens 64]
+    python tools/base_model.py base.gguf
+    python benchmarks/mlx_lm_tokens.py base.gguf [--tokens 64]
 
-The source is the one the default model was made from (a hub folder or a GGUF); mlx_lm gets its
-weights as float32. Exit code 1 when any token differs.
+BASE is a plain Llama: a GGUF, a folder or a hub id. It is converted with --head-map identity;
+mlx_lm gets its weights as float32. Exit code 1 when any token differs.
 """
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import hydra_mlx
-from hydra_mlx import default_model
-from hydra_mlx.fetch import fetch_default_source
+from hydra_mlx import convert
 from hydra_mlx.sources import open_source
 from hydra_mlx.tensors import to_float
 
@@ -49,15 +50,17 @@ def greedy(model, prompt: list, n: int) -> list:
 def main(argv=None) -> int:
     """Compare and print; returns the exit code."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("base", metavar="BASE")
     p.add_argument("--tokens", type=int, default=64)
     args = p.parse_args(argv)
-
-    def log(line):
-        print(line, file=sys.stderr)
-
-    folder = default_model.ensure(log)
-    ours, tokenizer = hydra_mlx.load(folder, dtype="float32")
-    theirs = stock_llama(fetch_default_source(log))
+    base = convert.resolve_source(args.base, None)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "base"
+        flags = ["--head-map", "identity", "--mlx-path", str(folder), "--quiet"]
+        if convert.main(["--hf-path", str(base), *flags]):
+            return 2
+        ours, tokenizer = hydra_mlx.load(folder, dtype="float32")
+    theirs = stock_llama(base)
     wrong = 0
     for text in PROMPTS:
         messages = [{"role": "user", "content": text}]
