@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +112,14 @@ def versions() -> dict:
     from importlib.metadata import version
 
     return {"hydra_mlx": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
+
+
+def command_line(program: str, argv: Sequence) -> str:
+    """A command as it was typed, files without the folders they are in.
+
+    Args:
+        program: What begins it, such as "python tools/perplexity.py". argv: Its arguments.
+    """
+    named = [str(a) for a in argv]
+    near = [Path(a).name if "/" in a and Path(a).parent.is_dir() else a for a in named]
+    return f"{program} {shlex.join(near)}"
