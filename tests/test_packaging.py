@@ -16,7 +16,8 @@ def test_found_in_a_checkout():
 
 def test_found_inside_an_installed_package(tmp_path):
     """As the wheel lays it out: metal/ inside hydra_mlx/, nothing beside it."""
-    shutil.copytree(ROOT / "hydra_mlx", tmp_path / "hydra_mlx")
+    ignore = shutil.ignore_patterns("models", "__pycache__")  # 100 MB that do not matter here
+    shutil.copytree(ROOT / "hydra_mlx", tmp_path / "hydra_mlx", ignore=ignore)
     shutil.copytree(ROOT / "metal", tmp_path / "hydra_mlx" / "metal")
     code = "from hydra_mlx.kernels.loader import metal_dir; print(metal_dir())"
     out = subprocess.run(
