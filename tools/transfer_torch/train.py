@@ -30,7 +30,7 @@ from . import checkpoint, delta
 from .data import Batches, loader, parse_mix
 from .evaluate import evaluate
 from .loss import distil_loss
-from .migrate import calibrate, migrate, student_config
+from .migrate import initial_weights, student_config
 from .model import Student, Teacher
 
 STAGES = ("align", "distil", "long")
@@ -45,6 +45,13 @@ def parse_tuning(text: str) -> tuple[int, ...]:
     return warps, gradient_warps, walk_warps, columns
 
 
+def parse_norm(text: str) -> str | None:
+    """The config's fusion_norm of "rms" or "none"."""
+    if text not in ("rms", "none"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither rms nor none")
+    return None if text == "none" else text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Flags of the three stages."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -56,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True)
     add("--model", type=Path, help="start from this HydraHead folder")
     add("--resume", action="store_true", help="go on from OUT/last")
+    add("--fusion-norm", type=parse_norm, default="rms", help="rms, or none for the ablation")
     add("--steps", type=int, default=1 << 40)
     add("--minutes", type=float, default=1e9, help="of wall clock, all included")
     add("--rows", type=int, default=32, help="sequences a step on each GPU")
@@ -131,34 +139,41 @@ class Run:
         to = {n: t.to(self.device) for n, t in base.items()}
         self.teacher = Teacher(base_config, to, self.dtype, self.compiled)
         heads = json.loads(args.heads.read_text())["full_attention_heads"]
-        config, self.step, state = student_config(base_config, heads), 0, None
+        config, state = student_config(base_config, heads, args.fusion_norm), None
         if args.resume:
             config, tensors = checkpoint.load_model(last)
             state = torch.load(last / "training.pt", map_location=self.device, weights_only=True)
-            self.step = state["step"]
         elif args.model:
             config, tensors = checkpoint.load_model(args.model)
         else:
             rows = Batches(args.data, {"teacher": 1.0}, 16, min(args.length, 512), args.seed)
             plain = Teacher(base_config, to, self.dtype, False)
             ids = torch.from_numpy(rows[0][0][:, :-1]).to(self.device)
-            tensors = migrate(base, config, calibrate(plain, ids), args.seed)
+            tensors = initial_weights(base, config, plain, ids, args.seed)
         if config["full_attention_heads"] != [sorted(set(h)) for h in heads]:
             raise ValueError(f"{args.heads} is another head map than the model's")
+        if config.get("fusion_norm", "rms") != args.fusion_norm:
+            raise ValueError(f"--fusion-norm is not the model's: {config.get('fusion_norm')!r}")
         tensors = {n: t.to(self.device) for n, t in tensors.items()}
         self.student = Student(config, tensors, self.dtype, self.compiled)
         self.student.scaled = args.scaled
-        self.trained = self.student.parameters(".self_attn." if args.stage == "align" else "")
         for t in tensors.values():
             t.requires_grad_()  # all, and the inputs in align: one compiled form for all stages
+        self.begin(args)
+        if state:
+            self.step = state["step"]
+            self.optimizer.load_state_dict(state["optimizer"])
+        count = sum(t.numel() for t in self.trained)
+        self.say(f"{args.stage}: {count / 1e6:.1f} M parameters trained, from step {self.step}")
+
+    def begin(self, args) -> None:
+        """Step 0 of the stage of args: the weights as they are, a new optimizer."""
+        self.args, self.step = args, 0
+        self.trained = self.student.parameters(".self_attn." if args.stage == "align" else "")
         fused = self.device != "cpu"
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
         )
-        if state:
-            self.optimizer.load_state_dict(state["optimizer"])
-        count = sum(t.numel() for t in self.trained)
-        self.say(f"{args.stage}: {count / 1e6:.1f} M parameters trained, from step {self.step}")
 
     def save(self) -> None:
         """Writes OUT/last; a kill meanwhile leaves the old one there or in OUT/old."""
