@@ -21,13 +21,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import torch
-
 from hydra_mlx import cli
 from hydra_mlx.errors import UsageError
 from hydra_mlx.files import write_json
 from hydra_mlx.score_file import read_scores
 from hydra_mlx.selection import select_heads
+
+import torch
 
 from . import checkpoint, delta, warm
 from .ablation_table import collect, table
@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, help=f"of warm; {WORKERS_PER_GPU} for each GPU if not given")
     add("--tuning", default=",".join(map(str, delta.TUNINGS[0])), help="as bench prints it")
     add("--no-compile", action="store_true")
+    add("--debug", action="store_true", help="show where an error arose")
     add("--keep-models", action="store_true", help="leave the weights in OUT/VARIANT/model")
     return parser
 
@@ -227,7 +228,8 @@ def train_variant(args: argparse.Namespace) -> int:
     steps = args.align_steps + args.distil_steps
     result |= {
         "variant": args.variant, "settings": settings(args),
-        "fusion_norm": config["fusion_norm"], "full_attention_heads": config["full_attention_heads"],
+        "fusion_norm": config["fusion_norm"],
+        "full_attention_heads": config["full_attention_heads"],
         "fa_heads": sum(len(fa) for fa, _, _ in kept), "kv_heads": sum(len(kv) for *_, kv in kept),
         "parameters": sum(t.numel() for t in run.student.tensors.values()),
         "tokens": steps * args.rows * args.length, "align_loss": align.get("loss"),
@@ -292,10 +294,10 @@ def main(argv=None) -> int:
     def work(args: argparse.Namespace) -> int:
         if args.length % delta.CHUNK:
             raise UsageError(f"--length {args.length} is no multiple of {delta.CHUNK}.")
-        if args.variant:
-            return train_variant(args)
         return compile_forms(args) if args.action == "warm" else run_all(args, own)
 
+    if "--variant" in own:
+        return train_variant(build_parser().parse_args(own))  # the log gets the whole traceback
     return cli.run(build_parser(), work, own)
 
 

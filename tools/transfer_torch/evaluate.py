@@ -74,9 +74,7 @@ def needle_accuracy(
     data = Batches(folder, {"retrieval": 1.0}, rows, length, EVAL_SEED, part="held")
     out = {}
     for kind in ("single", "multi"):
-        sums = [
-            compare(student, teacher, *data.needles(i, kind), device) for i in range(batches)
-        ]
+        sums = [compare(student, teacher, *data.needles(i, kind), device) for i in range(batches)]
         right, answers = (sum(s[n] for s in sums) for n in ("right", "answers"))
         out[kind] = round(right / max(1, answers), 3)
     return out
