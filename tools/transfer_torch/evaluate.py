@@ -21,8 +21,9 @@ SHORTEST_NEEDLE = 256
 
 
 def _hidden(model, tokens):
-    # With gradients on, the form that training compiled serves evaluation too.
-    with torch.enable_grad():
+    # With gradients on, the form that training compiled serves evaluation too; without it they
+    # would only take memory.
+    with torch.set_grad_enabled(model.compiled):
         return model.hidden(tokens).detach()
 
 

@@ -87,6 +87,7 @@ class Decoder:
         self, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype, compiled: bool
     ):
         self.config, self.tensors, self.dtype = config, tensors, dtype
+        self.compiled = compiled
         self.D, self.eps = config["head_dim"], config["rms_norm_eps"]
         self.embed = tensors["model.embed_tokens.weight"]
         self.norms, self.mlps, self.attn = [], [], []
