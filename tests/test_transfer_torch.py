@@ -1,5 +1,6 @@
 """tools/transfer_torch: the training delta rule, the student, checkpoints and the three stages."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from tools.transfer_torch import (  # noqa: E402
     checkpoint,
     data,
     delta_torch,
+    grid,
     heads,
     migrate,
     model,
@@ -156,14 +158,15 @@ def test_sliced_loss_is_autograd(monkeypatch):
     h, th = (torch.randn(2, 6, 8, generator=draw) for _ in range(2))
     w, tw = (torch.randn(11, 8, generator=draw).requires_grad_() for _ in range(2))
     h.requires_grad_()
-    labels, ce = torch.randint(11, (2, 6), generator=draw), torch.rand(2, 6, generator=draw)
-    got = distil_loss(h, w, th, tw.detach(), labels, 0.7, ce)
+    labels = torch.randint(11, (2, 6), generator=draw)
+    weight, ce = (torch.rand(2, 6, generator=draw) for _ in range(2))
+    got = distil_loss(h, w, th, tw.detach(), labels, weight, ce)
     log_p, log_q = (h @ w.T).log_softmax(-1), (th @ tw.T).log_softmax(-1).detach()
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)
     next_token = -log_p.gather(2, labels[..., None])[..., 0]
-    wanted = (0.7 * kl + ce * next_token).mean()
+    wanted = (weight * kl + ce * next_token).mean()
     torch.testing.assert_close(got[0], wanted)
-    torch.testing.assert_close(got[1], kl.mean())
+    torch.testing.assert_close(got[1], (weight * kl).mean())
     pairs = zip(torch.autograd.grad(got[0], (h, w)), torch.autograd.grad(wanted, (h, w)),
                 strict=True)  # fmt: skip
     for a, b in pairs:
@@ -270,6 +273,66 @@ def test_three_stages_on_a_tiny_model(setup, tmp_path):
     more = ("--model", str(tmp_path / "d" / "last"), "--decay", "0.5")
     log, _ = setup("long", "l", "--steps", "4", "--ce", "1", "--kl", "0", *more)
     assert log[-2]["lr"] < log[0]["lr"]
+
+
+@pytest.mark.parametrize("bits,group", [(4, 64), (4, 32), (6, 64), (8, 128)])
+def test_grid_is_that_of_mlx(bits, group):
+    mx = pytest.importorskip("mlx.core")
+    draw = torch.Generator().manual_seed(bits * group)
+    w = torch.randn(24, 256, generator=draw) * torch.logspace(-3, 1, 24)[:, None]
+    w[3], w[4], w[5, ::2] = 0.0, w[4].abs(), 0.0
+    packed = mx.quantize(mx.array(w.numpy()), group_size=group, bits=bits)
+    wanted = np.array(mx.dequantize(*packed, group_size=group, bits=bits))
+    got = grid.affine(w.reshape(-1, group), bits).reshape(w.shape).numpy()
+    step = np.abs(w.numpy().reshape(-1, group)).max(1).reshape(24, -1, 1) * 2.0 / 2**bits
+    # A weight half-way between two values may go either way.
+    apart = np.abs(got - wanted).reshape(24, -1, group)
+    assert (apart > 1e-5 * step + 1e-9).mean() < 2e-4
+    assert (apart <= 1.01 * step + 1e-9).all()
+
+
+def test_grid_is_put_back():
+    config, base = migrate.student_config(BASE, HEADS), base_weights()
+    tensors = migrate.migrate(base, config, None, 0)
+    exact = {n: t.clone() for n, t in tensors.items()}
+    of = grid.Grid(tensors, grid.Format.parse("4,16,6"))
+    of.round()
+    changed = {n for n in exact if not torch.equal(tensors[n], exact[n])}
+    assert changed == {
+        n for n, t in exact.items()
+        if t.ndim == 2 and not n.endswith(("a_proj.weight", "b_proj.weight"))
+    }  # fmt: skip
+    values = tensors["model.layers.0.mlp.up_proj.weight"].view(-1, 16)
+    assert all(len(row.unique()) <= 16 for row in values)
+    of.restore()
+    assert all(torch.equal(tensors[n], exact[n]) for n in exact)
+    with pytest.raises(ValueError, match="groups of 64"):
+        grid.Grid(tensors, grid.Format.parse("4,64,6"))
+
+
+def test_trained_on_the_grid_and_beyond_the_teacher(setup, monkeypatch):
+    """KL falls although the weights are rounded; windows of the teacher have their weights."""
+    monkeypatch.setattr(train, "TEACHER_LENGTH", 64)
+    monkeypatch.setattr(train, "TEACHER_START", 5)
+    more = ("--length", "128", "--quantise", "4,16,6", "--scaled", "--lr", "1e-3")
+    log, _ = setup("long", "q", "--steps", "12", "--answer", "1", *more)
+    kl = [e["kl"] for e in log if "kl" in e]
+    assert kl[-1] < kl[0]
+
+
+def test_weight_of_what_a_window_cannot_know(monkeypatch):
+    monkeypatch.setattr(train, "TEACHER_LENGTH", 8)
+    monkeypatch.setattr(train, "TEACHER_START", 3)
+    teacher = model.Teacher(BASE, base_weights(), torch.float32, False)
+    run = train.Run.__new__(train.Run)
+    run.args, run.teacher = argparse.Namespace(kl=0.5), teacher
+    ids = torch.arange(3, 20)[None]
+    marks = torch.zeros(1, 16)
+    marks[0, [2, 13]] = 1
+    th, kl = run.teach(ids, marks)
+    assert kl[0].tolist() == [0.5] * 8 + [0.0] * 3 + [0.5] * 2 + [0.0] + [0.5] * 2
+    torch.testing.assert_close(th[:, 8:], teacher.hidden(ids[:, 8:16]))
+    assert run.teach(ids[:, :9], marks[:, :8])[1].eq(0.5).all()
 
 
 def test_resumed_run_is_the_same(setup):

@@ -47,7 +47,7 @@ VARIANTS = {
 # Of the flags, what makes two results comparable.
 SETTINGS = (
     "base scores data keep floor head_seed seed rows length align_steps distil_steps align_lr "
-    "distil_lr warmup decay mix answer eval_batches needles needle_batches"
+    "distil_lr warmup decay mix answer scaled eval_batches needles needle_batches"
 ).split()
 WORKERS_PER_GPU = 6  # compiling processes; each has the model and one batch in memory
 
@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--decay", type=float, default=0.2, help="last share of each stage's steps")
     add("--mix", default="teacher=0.7,long=0.15,retrieval=0.15")
     add("--answer", type=float, default=10.0, help="next-token weight of retrieval answers")
+    add("--scaled", action="store_true", help="log-length scale on, in training and evaluation")
     add("--eval-batches", type=int, default=4, help="of each held-out text")
     add("--needles", type=parse_lengths, default=[512, 1024], help="lengths, with commas")
     add("--needle-batches", type=int, default=4, help="of --rows tasks, for each kind and length")
@@ -133,7 +134,7 @@ def compile_forms(args: argparse.Namespace) -> int:
     """`warm`: every form once, whichever variants share it. Returns the exit code."""
     base_config, _ = checkpoint.load_base(args.base)
     shared = ["--base", str(args.base), "--rows", str(args.rows), "--length", str(args.length)]
-    shared += ["--tuning", args.tuning]
+    shared += ["--tuning", args.tuning, *["--scaled"] * args.scaled]
     jobs: dict[tuple, list[str]] = {}
     for name in args.variants:
         norm, heads = VARIANTS[name][1], write_heads(args, name)
@@ -173,7 +174,8 @@ def stage_args(args: argparse.Namespace, stage: str) -> argparse.Namespace:
         "log-every": args.log_every, "eval-batches": 0, "tuning": args.tuning,
     }  # fmt: skip
     argv = [x for flag, value in flags.items() for x in (f"--{flag}", str(value))]
-    return train_parser().parse_args([stage, *argv, *["--no-compile"] * args.no_compile])
+    argv += ["--no-compile"] * args.no_compile + ["--scaled"] * args.scaled
+    return train_parser().parse_args([stage, *argv])
 
 
 def last_logged(folder: Path) -> dict:
@@ -191,6 +193,7 @@ def figures(args: argparse.Namespace, run: Run) -> dict:
     # Not compiled: another length would be a new form of every layer.
     teacher = Teacher(run.teacher.config, run.teacher.tensors, run.dtype, False)
     student = Student(run.student.config, run.student.tensors, run.dtype, False)
+    student.scaled = args.scaled
     for length in args.needles:
         for key, model in (("needles", student), ("teacher_needles", teacher)):
             out[key][str(length)] = needle_accuracy(

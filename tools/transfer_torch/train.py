@@ -20,6 +20,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ import torch.distributed as dist
 from . import checkpoint, delta
 from .data import Batches, loader, parse_mix
 from .evaluate import evaluate
+from .grid import Format, Grid
 from .loss import distil_loss
 from .migrate import initial_weights, student_config
 from .model import Student, Teacher
@@ -37,6 +40,7 @@ STAGES = ("align", "distil", "long")
 SAVE_SECONDS = 12  # writing weights and optimizer, 1.9 GB
 CLOCK_STEPS = 8
 TEACHER_LENGTH = 8192  # what the base was trained for
+TEACHER_START = 512  # tokens of a later window in which the teacher knows too little
 
 
 def parse_tuning(text: str) -> tuple[int, ...]:
@@ -77,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ce", type=float, default=0.0, help="weight of the next-token loss")
     add("--answer", type=float, default=0.0, help="next-token weight of retrieval answers, added")
     add("--scaled", action="store_true", help="train with the log-length scale on")
+    add("--quantise", type=Format.parse, help="train on this grid: bits,group,embedding's bits")
+    add("--quantise-minutes", type=float, default=1e9, help="only in the last so many of --minutes")
     add("--seed", type=int, default=1)
     add("--workers", type=int, default=4)
     add("--log-every", type=int, default=20)
@@ -157,6 +163,7 @@ class Run:
         tensors = {n: t.to(self.device) for n, t in tensors.items()}
         self.student = Student(config, tensors, self.dtype, self.compiled)
         self.student.scaled = args.scaled
+        self.grid = Grid(tensors, args.quantise) if args.quantise else None
         for t in tensors.values():
             t.requires_grad_()  # all, and the inputs in align: one compiled form for all stages
         self.begin(args)
@@ -189,6 +196,18 @@ class Run:
         new.rename(last)
         shutil.rmtree(old, ignore_errors=True)
 
+    def rounded(self) -> AbstractContextManager:
+        """The weights on the grid of --quantise while it is on, then exact again."""
+        if not self.grid or (self.left or 0.0) > self.args.quantise_minutes * 60:
+            return nullcontext()
+        return self._rounded()
+
+    @contextmanager
+    def _rounded(self) -> Iterator[None]:
+        self.grid.round()
+        yield
+        self.grid.restore()
+
     def rate(self) -> tuple[float, bool]:
         """The learning-rate factor of this step, and whether time is up; by the first's clock."""
         args, step = self.args, self.step
@@ -202,7 +221,9 @@ class Run:
                 clock = torch.tensor([left], device=self.device)
                 dist.broadcast(clock, 0)
                 self.left = clock.item()
-            left = self.left
+        else:
+            self.left = left
+        left = self.left
         if args.decay_minutes:
             factor = min(factor, max(0.0, left) / (args.decay_minutes * 60))
         return factor, left <= 0
@@ -224,17 +245,32 @@ class Run:
                 x = self.teacher.mlp(i, x + wanted)
         return total[None]
 
+    @torch.no_grad()
+    def teach(self, ids, marks) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The teacher's hidden states [B, T, E], or None; the weight of its KL [B, T].
+
+        Rows longer than it was trained for are read in windows. What a later window cannot know
+        has no weight: its first tokens, and answers about what came before it.
+        """
+        args, x = self.args, ids[:, :-1]
+        kl, T = torch.full(x.shape, args.kl, device=x.device), x.shape[1]
+        if not args.kl:
+            return None, kl
+        if T <= TEACHER_LENGTH:
+            return self.teacher.hidden(x), kl
+        at = torch.arange(T, device=x.device)
+        blind = (at >= TEACHER_LENGTH) & ((at % TEACHER_LENGTH < TEACHER_START) | (marks > 0))
+        th = self.teacher.hidden(x.reshape(-1, TEACHER_LENGTH)).view(*x.shape, -1)
+        return th, kl.masked_fill(blind, 0.0)
+
     def distil_step(self, ids, marks) -> torch.Tensor:
         """KL and next-token loss; leaves gradients. Returns [loss, KL, next-token loss]."""
-        args, th = self.args, None
-        if args.kl and ids.shape[1] - 1 <= TEACHER_LENGTH:
-            with torch.no_grad():
-                th = self.teacher.hidden(ids[:, :-1])
+        args, (th, kl) = self.args, self.teach(ids, marks)
         h = self.student.hidden(ids[:, :-1])
         # Without a teacher the next-token loss is all there is.
         ce = args.ce + args.answer * marks.float() if th is not None else 0.0 * marks + 1.0
         parts = distil_loss(
-            h, self.student.embed, th, self.teacher.embed, ids[:, 1:], args.kl, ce, self.compiled
+            h, self.student.embed, th, self.teacher.embed, ids[:, 1:], kl, ce, self.compiled
         )
         parts[0].backward()
         return torch.stack([p.detach() for p in parts])
@@ -259,10 +295,11 @@ class Run:
     def evaluate(self) -> dict:
         """Held-out figures; every process computes them, which costs no more than waiting."""
         args = self.args
-        return evaluate(
-            self.student, self.teacher, args.data, args.rows, args.length, args.eval_batches,
-            self.device,
-        )  # fmt: skip
+        with self.rounded():
+            return evaluate(
+                self.student, self.teacher, args.data, args.rows, args.length, args.eval_batches,
+                self.device,
+            )  # fmt: skip
 
 
 def train(run: Run) -> None:
@@ -285,7 +322,8 @@ def train(run: Run) -> None:
         if over:
             break
         ids, marks = (x.to(run.device, non_blocking=True) for x in (ids, marks))
-        parts = run.align_step(ids) if args.stage == "align" else run.distil_step(ids, marks)
+        with run.rounded():
+            parts = run.align_step(ids) if args.stage == "align" else run.distil_step(ids, marks)
         norm = run.update(factor)
         run.step, counted, sums = run.step + 1, counted + 1, sums + torch.cat([parts, norm[None]])
         if run.step == first + 1:
@@ -315,6 +353,9 @@ def main(argv=None) -> int:
     one_device()
     if args.length % delta.CHUNK:
         raise SystemExit(f"--length {args.length} is no multiple of {delta.CHUNK}")
+    if args.kl and args.length > TEACHER_LENGTH and args.length % TEACHER_LENGTH:
+        raise SystemExit(f"--length {args.length} is no multiple of {TEACHER_LENGTH}, which the "
+                         "teacher reads at a time; --kl 0 does without it")  # fmt: skip
     run = Run(args)
     train(run)
     if run.device != "cpu":

@@ -1,7 +1,8 @@
 """Compiles every form that training will need, all at once, into PyTorch's cache on disk.
 
 usage: python -m tools.transfer_torch.warm --base BASE.gguf --heads HEADS.json
-           [--rows 32] [--length 1024] [--tuning 4,8,4,32] [--workers 12] [--fusion-norm none]
+           [--rows 32] [--length 1024] [--scaled] [--fusion-norm none] [--tuning 4,8,4,32]
+           [--workers 12]
 
 A layer's form depends on how many heads of each kind and how many key/value heads it has; a
 training process would compile the dozen of them one after the other, about 20 seconds each.
@@ -70,6 +71,7 @@ def compile_one(args: argparse.Namespace) -> None:
     config = student_config(base_config, heads, args.fusion_norm)
     new = {n: t.to(device).requires_grad_() for n, t in migrate(base, config, None, 0).items()}
     student = Student(config, new, dtype, device != "cpu")
+    student.scaled = args.scaled
     teacher = Teacher(
         base_config, {n: t.to(device) for n, t in base.items()}, dtype, device != "cpu"
     )
@@ -87,7 +89,7 @@ def compile_one(args: argparse.Namespace) -> None:
     ce = torch.zeros(ids.shape, device=device)
     with torch.no_grad():
         th = h.detach().clone()
-    distil_loss(h, student.embed, th, teacher.embed, ids, 1.0, ce, device != "cpu")[0].backward()
+    distil_loss(h, student.embed, th, teacher.embed, ids, ce, ce, device != "cpu")[0].backward()
 
 
 def main(argv=None) -> int:
@@ -97,6 +99,7 @@ def main(argv=None) -> int:
     parser.add_argument("--heads", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--scaled", action="store_true", help="as in train")
     parser.add_argument("--tuning", type=parse_tuning, default=delta.TUNINGS[0])
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--fusion-norm", type=parse_norm, default="rms")
