@@ -180,6 +180,6 @@ def write_tokenizer(meta: dict, folder: str | Path) -> None:
     if type(length) is int and length > 0:
         config["model_max_length"] = length
     folder = Path(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")

@@ -19,13 +19,14 @@ MODES = {
     "mxfp8": ((8,), (32,), 8, 32),
 }
 # name -> (low bits, high bits), as in mlx_lm.convert; high ones go where its recipes put them.
-RECIPES = {
+MIXED = {
     "mixed_2_6": (2, 6),
     "mixed_3_4": (3, 4),
     "mixed_3_6": (3, 6),
     "mixed_4_6": (4, 6),
-    "embed_8": None,
 }
+EMBED = {"embed_6": 6, "embed_8": 8}  # bits of the embedding and the output head
+RECIPES = (*MIXED, *EMBED)
 MATRICES = (
     "in_proj q_proj k_proj v_proj gate_proj o_proj up_proj gate_up_proj down_proj "
     "embed_tokens lm_head"
@@ -37,7 +38,7 @@ class QuantPlan:
     """How to quantise a model.
 
     Attributes:
-        bits, group_size, mode: As in mx.quantize. recipe: A key of RECIPES or None.
+        bits, group_size, mode: As in mx.quantize. recipe: One of RECIPES or None.
         protect: Regular expressions of tensor paths to leave unquantised, besides those that
             always are (gates of the recurrence, convolutions, norms).
         layers: L, which the mixed recipes need.
@@ -68,9 +69,9 @@ class QuantPlan:
         name = path.rsplit(".", 1)[-1]
         if self.recipe is None:
             return self.bits
-        if self.recipe == "embed_8":
-            return 8 if name in ("embed_tokens", "lm_head") else self.bits
-        low, high = RECIPES[self.recipe]
+        if self.recipe in EMBED:
+            return EMBED[self.recipe] if name in ("embed_tokens", "lm_head") else self.bits
+        low, high = MIXED[self.recipe]
         if name == "lm_head":
             return high
         parts = path.split(".")

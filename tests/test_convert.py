@@ -10,7 +10,7 @@ from hydra_mlx import reference
 from hydra_mlx.config import HydraArgs
 from hydra_mlx.forms import fuse_layer, migrate_layer
 from hydra_mlx.model import FLOAT32_NAMES, Model, is_protected
-from hydra_mlx.quantise import MODES, RECIPES
+from hydra_mlx.quantise import EMBED, MIXED, MODES, RECIPES
 from hydra_mlx.shards import read_headers
 
 import mlx.core as mx
@@ -207,9 +207,9 @@ def test_recipes(recipe, form, spec, tmp_path):
         if name.endswith(".scales"):
             stem = name.removesuffix(".scales")
             used[stem] = q.get(stem, q)["bits"]
-    low, high = RECIPES[recipe] or (4, 8)
+    low, high = MIXED.get(recipe) or (4, EMBED[recipe])
     assert set(used.values()) == {low, high} and used["lm_head"] == high
-    assert used["model.embed_tokens"] == (8 if recipe == "embed_8" else low)
+    assert used["model.embed_tokens"] == (high if recipe in EMBED else low)
 
     def params(path, x):
         return {"mode": "affine", "group_size": 64, "bits": used[path]}
