@@ -320,6 +320,21 @@ def test_trained_on_the_grid_and_beyond_the_teacher(setup, monkeypatch):
     assert kl[-1] < kl[0]
 
 
+def test_stages_in_one_process(setup, tmp_path):
+    """The second starts from the weights of the first, with its own flags and half short rows."""
+    then = ("--then", "long", "--out", str(tmp_path / "l"), "--length", "128", "--short", "64")
+    then += ("--steps", "3", "--ce", "1", "--quantise", "4,16,6")
+    setup("distil", "d", "--steps", "4", *then)
+    entries = [json.loads(x) for x in (tmp_path / "l" / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "loss" in e] == [2, 3]
+    one, two = (checkpoint.load_model(tmp_path / n / "last")[1] for n in "dl")
+    apart = {n: (one[n] - two[n]).abs().max() for n in one}
+    # Three steps of AdamW at 4e-4 lead no farther.
+    assert 0 < max(apart.values()) < 3 * 4.5e-4
+    with pytest.raises(SystemExit, match="do not fill"):
+        setup("distil", "x", "--short", "192")
+
+
 def test_weight_of_what_a_window_cannot_know(monkeypatch):
     monkeypatch.setattr(train, "TEACHER_LENGTH", 8)
     monkeypatch.setattr(train, "TEACHER_START", 3)

@@ -2,6 +2,7 @@
 
 usage: python -m tools.transfer_torch.train align|distil|long --base BASE.gguf
            --heads HEADS.json --data DIR --out DIR [...]
+           [--then distil|long ... ]
        torchrun --nproc-per-node 2 -m tools.transfer_torch.train ...
 
 align   every layer's attention learns the teacher's attention output on the teacher's inputs
@@ -13,12 +14,16 @@ A run starts from --model (a folder in the HydraHead layout), else from a fresh 
 first, and leaves OUT/last (float32 weights, optimizer) and OUT/log.jsonl. The learning rate is
 constant after its warm-up and falls to zero over the last --decay share of --steps, or the last
 --decay-minutes: run without either to go on later.
+
+--then begins another stage in the same process, from the weights as they are; its flags are added
+to those before, and its --minutes count from the start of the process.
 """
 
 import argparse
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,7 +34,7 @@ import torch._functorch.config
 import torch.distributed as dist
 
 from . import checkpoint, delta
-from .data import Batches, loader, parse_mix
+from .data import Batches, InTurn, loader, parse_mix
 from .evaluate import evaluate
 from .grid import Format, Grid
 from .loss import distil_loss
@@ -72,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=1e9, help="of wall clock, all included")
     add("--rows", type=int, default=32, help="sequences a step on each GPU")
     add("--length", type=int, default=1024, help="tokens a sequence, a multiple of 64")
+    add("--short", type=int, help="every other step: as many tokens in rows of this length")
     add("--lr", type=float, default=4e-4)
     add("--warmup", type=int, default=50, help="steps")
     add("--decay", type=float, default=0.0, help="last share of --steps")
@@ -162,8 +168,6 @@ class Run:
             raise ValueError(f"--fusion-norm is not the model's: {config.get('fusion_norm')!r}")
         tensors = {n: t.to(self.device) for n, t in tensors.items()}
         self.student = Student(config, tensors, self.dtype, self.compiled)
-        self.student.scaled = args.scaled
-        self.grid = Grid(tensors, args.quantise) if args.quantise else None
         for t in tensors.values():
             t.requires_grad_()  # all, and the inputs in align: one compiled form for all stages
         self.begin(args)
@@ -175,7 +179,9 @@ class Run:
 
     def begin(self, args) -> None:
         """Step 0 of the stage of args: the weights as they are, a new optimizer."""
-        self.args, self.step = args, 0
+        self.args, self.step, self.left = args, 0, None
+        self.student.scaled = args.scaled
+        self.grid = Grid(self.student.tensors, args.quantise) if args.quantise else None
         self.trained = self.student.parameters(".self_attn." if args.stage == "align" else "")
         fused = self.device != "cpu"
         self.optimizer = torch.optim.AdamW(
@@ -295,11 +301,12 @@ class Run:
     def evaluate(self) -> dict:
         """Held-out figures; every process computes them, which costs no more than waiting."""
         args = self.args
+        length = args.short or args.length
+        rows = args.rows * args.length // length
         with self.rounded():
             return evaluate(
-                self.student, self.teacher, args.data, args.rows, args.length, args.eval_batches,
-                self.device,
-            )  # fmt: skip
+                self.student, self.teacher, args.data, rows, length, args.eval_batches, self.device
+            )
 
 
 def train(run: Run) -> None:
@@ -315,6 +322,10 @@ def train(run: Run) -> None:
             log.flush()
 
     batches = Batches(args.data, args.mix, args.rows, args.length, args.seed, run.rank)
+    if args.short:
+        rows = args.rows * args.length // args.short
+        short = Batches(args.data, args.mix, rows, args.short, args.seed, run.rank)
+        batches = InTurn(short, batches)
     tokens, sums, since, first = args.rows * args.length * run.world, 0.0, time.time(), run.step
     counted = 0
     for ids, marks in loader(batches, run.step, args.steps, args.workers):
@@ -347,17 +358,38 @@ def train(run: Run) -> None:
         note(run.evaluate())
 
 
+def check(args: argparse.Namespace) -> None:
+    """Lengths that go with the chunks and with the teacher's windows, or SystemExit."""
+    for length in (args.length, args.short or args.length):
+        if length % delta.CHUNK or args.rows * args.length % length:
+            raise SystemExit(f"rows of {length} are no multiple of {delta.CHUNK}, or do not fill "
+                             f"{args.rows} x {args.length} tokens")  # fmt: skip
+        if args.kl and length > TEACHER_LENGTH and length % TEACHER_LENGTH:
+            raise SystemExit(f"{length} is no multiple of {TEACHER_LENGTH}, which the teacher "
+                             "reads at a time; --kl 0 does without it")  # fmt: skip
+
+
+def parse_stages(words: list[str]) -> list[argparse.Namespace]:
+    """The arguments of every stage; flags after --then are added to those before it."""
+    stages, flags = [], []
+    while words:
+        end = words.index("--then") if "--then" in words else len(words)
+        flags += words[1:end]
+        stages.append(build_parser().parse_args([*words[:1], *flags]))
+        check(stages[-1])
+        words = words[end + 1 :]
+    return stages or [build_parser().parse_args([])]
+
+
 def main(argv=None) -> int:
     """Entry point; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    stages = parse_stages(list(sys.argv[1:] if argv is None else argv))
     one_device()
-    if args.length % delta.CHUNK:
-        raise SystemExit(f"--length {args.length} is no multiple of {delta.CHUNK}")
-    if args.kl and args.length > TEACHER_LENGTH and args.length % TEACHER_LENGTH:
-        raise SystemExit(f"--length {args.length} is no multiple of {TEACHER_LENGTH}, which the "
-                         "teacher reads at a time; --kl 0 does without it")  # fmt: skip
-    run = Run(args)
+    run = Run(stages[0])
     train(run)
+    for args in stages[1:]:
+        run.begin(args)
+        train(run)
     if run.device != "cpu":
         run.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if run.world > 1:
