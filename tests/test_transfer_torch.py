@@ -1,5 +1,6 @@
 """tools/transfer_torch: the training delta rule, the student, checkpoints and the three stages."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,7 +13,18 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from tools.transfer_torch import checkpoint, data, delta_torch, heads, migrate, model, train  # noqa: E402
+from tools.transfer_torch import (  # noqa: E402
+    ablate,
+    ablation_table,
+    checkpoint,
+    data,
+    delta_torch,
+    grid,
+    heads,
+    migrate,
+    model,
+    train,
+)
 from tools.transfer_torch.loss import distil_loss  # noqa: E402
 
 from .checkpoints import write_scores  # noqa: E402
@@ -106,12 +118,13 @@ def test_triton_kernels_interpreted():
     subprocess.run([sys.executable, "-c", TRITON], check=True, env=env, cwd=ROOT)
 
 
-def test_student_equals_golden():
+@pytest.mark.parametrize("norm", ["rms", None])
+def test_student_equals_golden(norm):
     config = {
         "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "head_dim": 16,
         "num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 97,
         "rope_theta": 1e4, "tie_word_embeddings": True, "la_qk_norm": False, "fa_qk_norm": False,
-        "full_attention_heads": [[1, 4], [], [0, 1, 2, 3, 4, 5], [5]],
+        "full_attention_heads": [[1, 4], [], [0, 1, 2, 3, 4, 5], [5]], "fusion_norm": norm,
     }  # fmt: skip
     w = {n: torch.from_numpy(x) for n, x in golden.make_weights(config, 3).items()}
     tokens = torch.from_numpy(golden.make_tokens(config, 1, 2, 128))
@@ -145,18 +158,45 @@ def test_sliced_loss_is_autograd(monkeypatch):
     h, th = (torch.randn(2, 6, 8, generator=draw) for _ in range(2))
     w, tw = (torch.randn(11, 8, generator=draw).requires_grad_() for _ in range(2))
     h.requires_grad_()
-    labels, ce = torch.randint(11, (2, 6), generator=draw), torch.rand(2, 6, generator=draw)
-    got = distil_loss(h, w, th, tw.detach(), labels, 0.7, ce)
+    labels = torch.randint(11, (2, 6), generator=draw)
+    weight, ce = (torch.rand(2, 6, generator=draw) for _ in range(2))
+    got = distil_loss(h, w, th, tw.detach(), labels, weight, ce)
     log_p, log_q = (h @ w.T).log_softmax(-1), (th @ tw.T).log_softmax(-1).detach()
     kl = (log_q.exp() * (log_q - log_p)).sum(-1)
     next_token = -log_p.gather(2, labels[..., None])[..., 0]
-    wanted = (0.7 * kl + ce * next_token).mean()
+    wanted = (weight * kl + ce * next_token).mean()
     torch.testing.assert_close(got[0], wanted)
-    torch.testing.assert_close(got[1], kl.mean())
+    torch.testing.assert_close(got[1], (weight * kl).mean())
     pairs = zip(torch.autograd.grad(got[0], (h, w)), torch.autograd.grad(wanted, (h, w)),
                 strict=True)  # fmt: skip
     for a, b in pairs:
         torch.testing.assert_close(a, b)
+
+
+def test_initial_heads_have_the_teachers_scale():
+    base = base_weights()
+    teacher = model.Teacher(BASE, base, torch.float32, False)
+    tokens = torch.from_numpy(golden.make_tokens(BASE, 1, 2, 64))
+    wanted = migrate.calibrate(teacher, tokens)
+    for norm in model.FUSION_NORMS:
+        config, x = migrate.student_config(BASE, HEADS, norm), teacher.start(tokens)
+        w = migrate.initial_weights(base, config, teacher, tokens, 3)
+        student = model.Student(config, w, torch.float32, False)
+        for i, layer in enumerate(wanted):
+            fa, la, _ = model.layer_heads(config, i)
+            scale = w[f"model.layers.{i}.self_attn.head_scale"]
+            if norm is None:
+                got = student.heads(i, x).square().mean((0, 1, 3)).sqrt() * scale
+                torch.testing.assert_close(got, layer["rms"])
+            else:
+                assert torch.equal(scale, layer["rms"])
+            x = teacher.layer(i, x)
+    assert not any("_norm" in n for n in w if ".self_attn." in n)
+
+
+def test_norm_this_twin_lacks():
+    with pytest.raises(ValueError, match="fusion_norm is 'rms_no_weight'"):
+        model.check_config({"fusion_norm": "rms_no_weight"})
 
 
 def test_migrated_shapes_and_carried_parts(tmp_path):
@@ -235,6 +275,81 @@ def test_three_stages_on_a_tiny_model(setup, tmp_path):
     assert log[-2]["lr"] < log[0]["lr"]
 
 
+@pytest.mark.parametrize("bits,group", [(4, 64), (4, 32), (6, 64), (8, 128)])
+def test_grid_is_that_of_mlx(bits, group):
+    mx = pytest.importorskip("mlx.core")
+    draw = torch.Generator().manual_seed(bits * group)
+    w = torch.randn(24, 256, generator=draw) * torch.logspace(-3, 1, 24)[:, None]
+    w[3], w[4], w[5, ::2] = 0.0, w[4].abs(), 0.0
+    packed = mx.quantize(mx.array(w.numpy()), group_size=group, bits=bits)
+    wanted = np.array(mx.dequantize(*packed, group_size=group, bits=bits))
+    got = grid.affine(w.reshape(-1, group), bits).reshape(w.shape).numpy()
+    step = np.abs(w.numpy().reshape(-1, group)).max(1).reshape(24, -1, 1) * 2.0 / 2**bits
+    # A weight half-way between two values may go either way.
+    apart = np.abs(got - wanted).reshape(24, -1, group)
+    assert (apart > 1e-5 * step + 1e-9).mean() < 2e-4
+    assert (apart <= 1.01 * step + 1e-9).all()
+
+
+def test_grid_is_put_back():
+    config, base = migrate.student_config(BASE, HEADS), base_weights()
+    tensors = migrate.migrate(base, config, None, 0)
+    exact = {n: t.clone() for n, t in tensors.items()}
+    of = grid.Grid(tensors, grid.Format.parse("4,16,6"))
+    of.round()
+    changed = {n for n in exact if not torch.equal(tensors[n], exact[n])}
+    assert changed == {
+        n for n, t in exact.items()
+        if t.ndim == 2 and not n.endswith(("a_proj.weight", "b_proj.weight"))
+    }  # fmt: skip
+    values = tensors["model.layers.0.mlp.up_proj.weight"].view(-1, 16)
+    assert all(len(row.unique()) <= 16 for row in values)
+    of.restore()
+    assert all(torch.equal(tensors[n], exact[n]) for n in exact)
+    with pytest.raises(ValueError, match="groups of 64"):
+        grid.Grid(tensors, grid.Format.parse("4,64,6"))
+
+
+def test_trained_on_the_grid_and_beyond_the_teacher(setup, monkeypatch):
+    """KL falls although the weights are rounded; windows of the teacher have their weights."""
+    monkeypatch.setattr(train, "TEACHER_LENGTH", 64)
+    monkeypatch.setattr(train, "TEACHER_START", 5)
+    more = ("--length", "128", "--quantise", "4,16,6", "--scaled", "--lr", "1e-3")
+    log, _ = setup("long", "q", "--steps", "12", "--answer", "1", *more)
+    kl = [e["kl"] for e in log if "kl" in e]
+    assert kl[-1] < kl[0]
+
+
+def test_stages_in_one_process(setup, tmp_path):
+    """The second starts from the weights of the first, with its own flags and half short rows."""
+    then = ("--then", "long", "--out", str(tmp_path / "l"), "--length", "128", "--short", "64")
+    then += ("--steps", "3", "--ce", "1", "--quantise", "4,16,6")
+    setup("distil", "d", "--steps", "4", *then)
+    entries = [json.loads(x) for x in (tmp_path / "l" / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if "loss" in e] == [2, 3]
+    one, two = (checkpoint.load_model(tmp_path / n / "last")[1] for n in "dl")
+    apart = {n: (one[n] - two[n]).abs().max() for n in one}
+    # Three steps of AdamW at 4e-4 lead no farther.
+    assert 0 < max(apart.values()) < 3 * 4.5e-4
+    with pytest.raises(SystemExit, match="do not fill"):
+        setup("distil", "x", "--short", "192")
+
+
+def test_weight_of_what_a_window_cannot_know(monkeypatch):
+    monkeypatch.setattr(train, "TEACHER_LENGTH", 8)
+    monkeypatch.setattr(train, "TEACHER_START", 3)
+    teacher = model.Teacher(BASE, base_weights(), torch.float32, False)
+    run = train.Run.__new__(train.Run)
+    run.args, run.teacher = argparse.Namespace(kl=0.5), teacher
+    ids = torch.arange(3, 20)[None]
+    marks = torch.zeros(1, 16)
+    marks[0, [2, 13]] = 1
+    th, kl = run.teach(ids, marks)
+    assert kl[0].tolist() == [0.5] * 8 + [0.0] * 3 + [0.5] * 2 + [0.0] + [0.5] * 2
+    torch.testing.assert_close(th[:, 8:], teacher.hidden(ids[:, 8:16]))
+    assert run.teach(ids[:, :9], marks[:, :8])[1].eq(0.5).all()
+
+
 def test_resumed_run_is_the_same(setup):
     mix = ("--mix", "teacher=0.5,retrieval=0.5")
     _, whole = setup("distil", "whole", "--steps", "6", *mix)
@@ -242,6 +357,75 @@ def test_resumed_run_is_the_same(setup):
     log, resumed = setup("distil", "cut", "--steps", "6", "--resume", *mix)
     assert all(torch.equal(whole[n], resumed[n]) for n in whole)
     assert [e["step"] for e in log if "loss" in e] == [2, 3, 5, 6]
+
+
+def test_mlx_reads_a_model_without_the_norm(setup, tmp_path):
+    mx = pytest.importorskip("mlx.core")
+    import hydra_mlx
+
+    none = ("--fusion-norm", "none")
+    setup("distil", "n", "--steps", "2", *none)
+    folder = tmp_path / "n" / "last"
+    config, tensors = checkpoint.load_model(folder)
+    assert config["fusion_norm"] is None
+    tokens = golden.make_tokens(config, 1, 2, 64)
+    student = model.Student(config, tensors, torch.float32, False)
+    student.scaled = True
+    wanted = student.hidden(torch.from_numpy(tokens)) @ tensors["model.embed_tokens.weight"].T
+    got = np.array(hydra_mlx.load_model(folder)(mx.array(tokens)))
+    np.testing.assert_allclose(got, wanted.numpy(), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="--fusion-norm is not the model's: None"):
+        setup("distil", "m", "--steps", "2", "--model", str(folder))
+
+
+@pytest.fixture
+def ablation(setup, tmp_path):
+    write_scores(tmp_path / "scores.json", np.random.RandomState(3).rand(3, 4))
+    argv = ["run", "--base", str(tmp_path / "base"), "--scores", str(tmp_path / "scores.json")]
+    argv += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--no-compile"]
+    argv += "--keep 4 --rows 2 --length 64 --align-steps 3 --distil-steps 3 --warmup 1".split()
+    argv += "--log-every 1 --eval-batches 1 --needles 256 --needle-batches 1 --loaders 0".split()
+    return argv
+
+
+def test_ablation_in_one_table(ablation, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "out" / "fixed").mkdir(parents=True)
+    (tmp_path / "out" / "fixed" / "distil").write_text("a file where a folder should be")
+    assert ablate.main([*ablation, "--variants", "fixed,no-norm", "--keep-models"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    cells = {x.split(" | ")[0].strip("| "): x.strip("| ").split(" | ") for x in lines if "|" in x}
+    assert {len(c) for c in cells.values()} == {12}
+    assert cells["random"][1] == "not run" and "Error" in cells["fixed"][1]
+    assert cells["no-norm"][1] == "4" and cells["teacher"][6] == "1"
+    saved = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    row = {r["variant"]: r for r in saved["rows"]}["no-norm"]
+    assert row["tokens"] == 6 * 2 * 64 and row["fusion_norm"] is None
+    assert checkpoint.load_model(tmp_path / "out" / "no-norm" / "model")[0]["fusion_norm"] is None
+    # Again for the one that failed: the other stays, unless a setting differs.
+    (tmp_path / "out" / "fixed" / "distil").unlink()
+    assert ablate.main([*ablation, "--variants", "fixed"]) == 0
+    assert "| fixed | 4 |" in (out := capsys.readouterr().out) and "| no-norm | 4 |" in out
+    other = ablation_table.collect(tmp_path / "out", ["fixed"], saved["settings"] | {"seed": 2})
+    assert other == [{"variant": "fixed", "reason": "was run with other settings"}]
+
+
+def test_ablation_ends_what_takes_too_long(ablation, capsys):
+    assert ablate.main([*ablation, "--variants", "random", "--timeout", "0.1"]) == 1
+    assert "| random | ended after 0 s (--timeout)" in capsys.readouterr().out
+
+
+def test_ablation_warms_every_form_once(ablation, tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(ablate.warm, "compile_all", lambda j, *_: jobs.extend(j) or [0] * len(j))
+    assert ablate.main(["warm", *ablation[1:]]) == 0
+    read = lambda name: json.loads((tmp_path / "out" / name / "heads.json").read_text())  # noqa: E731
+    found = set()
+    for name, (_, norm) in ablate.VARIANTS.items():
+        for fa in read(name)["full_attention_heads"]:
+            found.add((len(fa), len({h // 2 for h in fa}), norm))
+    assert len(jobs) == len(found) + 1
+    assert sum("none" in j for j in jobs) == sum(f[2] == "none" for f in found)
 
 
 def test_minutes_end_a_run(setup):

@@ -99,7 +99,7 @@ def pieces(student: Student, teacher: Teacher, rows: int, length: int, device: s
 
     def loss():
         th, embed = h.detach(), student.embed
-        out = distil_loss(h, embed, th, teacher.embed, ids, 1.0, 0.0 * weight, compiled)
+        out = distil_loss(h, embed, th, teacher.embed, ids, weight, 0.0 * weight, compiled)
         return out[0]
 
     def forward(function):

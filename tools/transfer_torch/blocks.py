@@ -80,6 +80,11 @@ def _softmax_heads(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
+def _fusion_norm(o: Tensor, w: dict, name: str) -> Tensor:
+    """Head outputs [B, T, heads, D] normalised, in float32; as they are if w has no such norm."""
+    return rms_norm(o, w[name], FUSION_EPS) if name in w else o.float()
+
+
 def _conv_silu(x: Tensor, weight: Tensor) -> Tensor:
     """Causal depthwise convolution, then SiLU. x: [B, T, channels], weight [channels, 1, K]."""
     T, K = x.shape[1], weight.shape[-1]
@@ -87,13 +92,12 @@ def _conv_silu(x: Tensor, weight: Tensor) -> Tensor:
     return F.silu(sum(padded[:, j : j + T] * weight[:, 0, j] for j in range(K)))
 
 
-def student_attention(h, w: dict, order, blocks, cos, sin, scale, D: int) -> Tensor:
-    """Both kinds of head of one layer, from the normed input h [B, T, E] to [B, T, E].
+def student_heads(h, w: dict, blocks, cos, sin, scale, D: int) -> Tensor:
+    """Head outputs [B, T, H, D] of one layer, FA heads first, from the normed input h [B, T, E].
 
-    w holds the tensors below self_attn by name; order [H] says where original head h stands in
-    [FA, LA]; blocks [Hf] which kept key/value head an FA head reads; scale [T] or None.
+    w, blocks and scale as in student_attention. Gamma is not in it, gates and fusion norm are.
     """
-    B, T, E = h.shape
+    B, T, _ = h.shape
     dtype, names = h.dtype, [n for n in PROJECTIONS if n in w]
     y = F.linear(h, torch.cat([w[n].to(dtype) for n in names]))
     p = dict(zip(names, y.split([w[n].shape[0] for n in names], -1), strict=True))
@@ -105,7 +109,7 @@ def student_attention(h, w: dict, order, blocks, cos, sin, scale, D: int) -> Ten
         o = _softmax_heads(q, k.index_select(2, blocks), v.index_select(2, blocks))
         gate = p["fa.gate_proj.weight"].float() + w["fa.gate_proj.bias"]
         o = o.to(gate.dtype) * torch.sigmoid(gate).view(B, T, -1, D)
-        kinds.append(rms_norm(o, w["fa_norm.weight"], FUSION_EPS).to(dtype))
+        kinds.append(_fusion_norm(o, w, "fa_norm.weight").to(dtype))
     if "la.q_proj.weight" in w:
         q, k, v = (
             _conv_silu(p[f"la.{n}_proj.weight"], w[f"la.{n}_conv1d.weight"]).view(B, T, -1, D)
@@ -117,13 +121,22 @@ def student_attention(h, w: dict, order, blocks, cos, sin, scale, D: int) -> Ten
         dt = F.softplus(p["la.a_proj.weight"].float() + w["la.dt_bias"])
         g = -w["la.A_log"].exp() * dt
         o = delta.delta_rule((q * D**-0.5).to(dtype), k.to(dtype), v.to(dtype), g, beta)
-        o = rms_norm(o, w["la_norm.weight"], FUSION_EPS)
+        o = _fusion_norm(o, w, "la_norm.weight")
         gate = F.silu(p["la.gate_proj.weight"].float()).view(B, T, -1, D)
         kinds.append((o * gate).to(dtype))
+    return torch.cat(kinds, 2) if len(kinds) > 1 else kinds[0]
+
+
+def student_attention(h, w: dict, order, blocks, cos, sin, scale, D: int) -> Tensor:
+    """Both kinds of head of one layer, from the normed input h [B, T, E] to [B, T, E].
+
+    w holds the tensors below self_attn by name; order [H] says which original head each of
+    [FA, LA] is; blocks [Hf] which kept key/value head an FA head reads; scale [T] or None.
+    """
+    heads = student_heads(h, w, blocks, cos, sin, scale, D)
     # Gamma and the order of heads go into the output projection: smaller than the activations.
-    o_proj = (w["o_proj.weight"].view(E, -1, D) * w["head_scale"][:, None])[:, order]
-    heads = torch.cat(kinds, 2) if len(kinds) > 1 else kinds[0]
-    return F.linear(heads.flatten(2), o_proj.flatten(1).to(dtype))
+    o_proj = w["o_proj.weight"].view(h.shape[-1], -1, D) * w["head_scale"][:, None]
+    return F.linear(heads.flatten(2), o_proj[:, order].flatten(1).to(h.dtype))
 
 
 def student_block(x, norm, w, order, blocks, cos, sin, scale, D: int, eps: float, dtype):

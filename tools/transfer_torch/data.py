@@ -144,10 +144,20 @@ class Batches(Dataset):
         return np.stack([r[0] for r in rows]), np.stack([r[1] for r in rows])
 
 
+class InTurn(Dataset):
+    """Item s is that of `even` or of `odd`."""
+
+    def __init__(self, even: Batches, odd: Batches):
+        self.even, self.odd = even, odd
+
+    def __getitem__(self, step: int):
+        return (self.odd if step % 2 else self.even)[step]
+
+
 KIND_SEED = {"single": 1, "multi": 2, "list": 3, "repeat": 4}
 
 
-def loader(batches: Batches, first: int, last: int, workers: int) -> DataLoader:
+def loader(batches: Dataset, first: int, last: int, workers: int) -> DataLoader:
     """Batches of steps first .. last - 1 in order, made ahead by worker processes."""
     ahead = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
     return DataLoader(

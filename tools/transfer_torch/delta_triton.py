@@ -17,6 +17,8 @@ import triton.language as tl
 
 from .delta_torch import CHUNK
 
+# Few long rows narrow the columns of S in one walk until there are so many programs.
+PROGRAMS, FEWEST_COLUMNS = 96, 16
 # Warps of the kernels over chunks, of the last kernel and of the two walks; columns of S in one
 # walk. Compiled for sm_90 by Triton 3.6, the last spills registers at 4 warps and not at 8.
 TUNING = {"warps": 4, "gradient_warps": 8, "walk_warps": 4, "columns": 32}
@@ -188,7 +190,10 @@ def _sizes(q, chunk):
     if T % chunk:
         raise ValueError(f"{T} tokens are no multiple of the chunk, {chunk}")
     DT = tl.bfloat16 if q.dtype == torch.bfloat16 else tl.float32
-    return B, T // chunk, H, D, DT, min(TUNING["columns"], D)
+    columns = min(TUNING["columns"], D)
+    while columns > FEWEST_COLUMNS and B * H * D // columns < PROGRAMS:
+        columns //= 2
+    return B, T // chunk, H, D, DT, columns
 
 
 @torch.library.custom_op("hydra::delta_forward", mutates_args=())

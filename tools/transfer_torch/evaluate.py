@@ -21,8 +21,9 @@ SHORTEST_NEEDLE = 256
 
 
 def _hidden(model, tokens):
-    # With gradients on, the form that training compiled serves evaluation too.
-    with torch.enable_grad():
+    # With gradients on, the form that training compiled serves evaluation too; without it they
+    # would only take memory.
+    with torch.set_grad_enabled(model.compiled):
         return model.hidden(tokens).detach()
 
 
@@ -43,8 +44,8 @@ def compare(student, teacher, ids: np.ndarray, marks: np.ndarray, device) -> dic
     }  # fmt: skip
 
 
-def evaluate(student, teacher, folder: Path, rows: int, length: int, batches: int, device) -> dict:
-    """{"long": {...}, "teacher": {...}, "single": share, "multi": share} on held-out text."""
+def held_out(student, teacher, folder: Path, rows: int, length: int, batches: int, device) -> dict:
+    """{"long": {...}, "teacher": {...}}: KL and perplexities on held-out text."""
     out = {}
     for name in ("long", "teacher"):
         data = Batches(folder, {name: 1.0}, rows, length, EVAL_SEED, part="held")
@@ -56,18 +57,27 @@ def evaluate(student, teacher, folder: Path, rows: int, length: int, batches: in
             "teacher_ppl": round(float(np.exp(total["teacher_ce"] / n)), 3),
             "ratio": round(float(np.exp((total["ce"] - total["teacher_ce"]) / n)), 4),
         }
+    return out
+
+
+def evaluate(student, teacher, folder: Path, rows: int, length: int, batches: int, device) -> dict:
+    """What held_out gives, and {"single": share, "multi": share} of retrieval tasks."""
+    out = held_out(student, teacher, folder, rows, length, batches, device)
     if length < SHORTEST_NEEDLE:
         return out
     return out | needle_accuracy(student, teacher, folder, rows, length, device)
 
 
-def needle_accuracy(student, teacher, folder: Path, rows: int, length: int, device) -> dict:
+def needle_accuracy(
+    student, teacher, folder: Path, rows: int, length: int, device, batches: int = 1
+) -> dict:
     """Share of tasks of about `length` ids whose every answer token is the first choice."""
     data = Batches(folder, {"retrieval": 1.0}, rows, length, EVAL_SEED, part="held")
     out = {}
     for kind in ("single", "multi"):
-        sums = compare(student, teacher, *data.needles(0, kind), device)
-        out[kind] = round(sums["right"] / max(1, sums["answers"]), 3)
+        sums = [compare(student, teacher, *data.needles(i, kind), device) for i in range(batches)]
+        right, answers = (sum(s[n] for s in sums) for n in ("right", "answers"))
+        out[kind] = round(right / max(1, answers), 3)
     return out
 
 

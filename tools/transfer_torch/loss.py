@@ -14,10 +14,10 @@ from .blocks import compile_block
 SLICE = 4096
 
 
-def _slice_loss(s: Tensor, t: Tensor | None, labels: Tensor, kl: float, ce: Tensor, count: int):
+def _slice_loss(s: Tensor, t: Tensor | None, labels: Tensor, kl: Tensor, ce: Tensor, count: int):
     """Losses [n] and the gradient of their weighted mean by the student's logits s [n, V].
 
-    t: teacher logits or None; labels [n], ce [n] the weight of the next-token loss of each token.
+    t: teacher logits or None; labels [n]; kl, ce [n] the weights of the two losses of each token.
     """
     dtype, s = s.dtype, s.float()
     log_p = s - s.logsumexp(-1, keepdim=True)
@@ -31,7 +31,7 @@ def _slice_loss(s: Tensor, t: Tensor | None, labels: Tensor, kl: float, ce: Tens
         log_q = t - t.logsumexp(-1, keepdim=True)
         q = log_q.exp()
         kl_loss = (q * (log_q - log_p)).sum(-1)
-        grad = grad + kl * (p - q)
+        grad = grad + kl[:, None] * (p - q)
     return kl_loss, ce_loss, (grad / count).to(dtype)
 
 
@@ -45,9 +45,9 @@ class SlicedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, embed, th, t_embed, labels, kl, ce, compiled):
-        """Shapes: h, th [N, E]; embed, t_embed [V, E]; labels, ce [N]; th None without teacher.
+        """Shapes: h, th [N, E]; embed, t_embed [V, E]; labels, kl, ce [N]; th None without teacher.
 
-        Returns the loss, mean KL and mean next-token loss; only the first has a gradient.
+        Returns the loss, mean weighted KL, mean next-token loss; only the first has a gradient.
         """
         piece = _form(compiled)
         w = embed.to(h.dtype)
@@ -56,10 +56,9 @@ class SlicedLoss(torch.autograd.Function):
         for a in range(0, len(h), SLICE):
             at = slice(a, a + SLICE)
             t = None if th is None else th[at] @ t_embed.T
-            kl_loss, ce_loss, grad = piece(h[at] @ w.T, t, labels[at], kl, ce[at], len(h))
-            total += torch.stack(
-                [(kl * kl_loss + ce[at] * ce_loss).sum(), kl_loss.sum(), ce_loss.sum()]
-            )
+            kl_loss, ce_loss, grad = piece(h[at] @ w.T, t, labels[at], kl[at], ce[at], len(h))
+            kl_loss = kl[at] * kl_loss
+            total += torch.stack([(kl_loss + ce[at] * ce_loss).sum(), kl_loss.sum(), ce_loss.sum()])
             dh[at] = grad @ w
             dw += grad.T @ h[at]
         ctx.save_for_backward(dh, dw)
@@ -74,10 +73,13 @@ class SlicedLoss(torch.autograd.Function):
 
 
 def distil_loss(h, embed, th, t_embed, labels, kl, ce, compiled=False):
-    """(loss, mean KL, mean next-token loss) of hidden states [B, T, E]; see SlicedLoss."""
+    """(loss, mean KL, mean next-token loss) of hidden states [B, T, E]; see SlicedLoss.
+
+    kl, ce [B, T]: weights of each token.
+    """
     th = None if th is None else th.flatten(0, 1)
     return SlicedLoss.apply(
-        h.flatten(0, 1), embed, th, t_embed, labels.flatten(), kl, ce.flatten(), compiled
+        h.flatten(0, 1), embed, th, t_embed, labels.flatten(), kl.flatten(), ce.flatten(), compiled
     )
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .model import Teacher, attention_shapes, layer_heads
+from .model import Student, Teacher, attention_shapes, layer_heads
 
 HYDRA_KEYS = {
     "model_type": "hydrahead", "architectures": ["HydraHeadForCausalLM"],
@@ -17,14 +17,16 @@ HYDRA_KEYS = {
 # SiLU is 1 here: a new LA gate starts open instead of shut.
 SILU_ONE = 1.2784645
 NOISE = 0.002
+SILENT = 1e-5  # an RMS below which a head is not scaled up further
 
 
-def student_config(base: dict, heads: list[list[int]]) -> dict:
+def student_config(base: dict, heads: list[list[int]], fusion_norm: str | None = "rms") -> dict:
     """The student's config.json; heads holds the FA heads of each layer."""
     if len(heads) != base["num_hidden_layers"]:
         raise ValueError(f"{len(heads)} lists of heads for {base['num_hidden_layers']} layers")
     config = {k: v for k, v in base.items() if k not in ("model_type", "architectures")}
-    return config | HYDRA_KEYS | {"full_attention_heads": [sorted(set(h)) for h in heads]}
+    config |= HYDRA_KEYS | {"fusion_norm": fusion_norm}
+    return config | {"full_attention_heads": [sorted(set(h)) for h in heads]}
 
 
 @torch.no_grad()
@@ -53,7 +55,7 @@ def migrate(
 
     Args:
         statistics: From calibrate: gamma starts at the RMS of the head and LA gates at 1;
-            None: gamma 1 and LA gates near 0.
+            None: gamma 1 and LA gates near 0. Without the fusion norm see initial_weights.
     """
     draw = torch.Generator("cpu").manual_seed(seed)
     out = {n: t.clone() for n, t in base.items() if ".self_attn." not in n}
@@ -61,6 +63,29 @@ def migrate(
         p = f"model.layers.{i}.self_attn."
         new = _layer(base, p, config, i, statistics[i] if statistics else None, draw)
         out |= {p + n: t for n, t in new.items()}
+    return out
+
+
+@torch.no_grad()
+def initial_weights(
+    base: dict[str, Tensor], config: dict, teacher: Teacher, tokens: Tensor, seed: int
+) -> dict[str, Tensor]:
+    """What training starts from: the student's tensors, calibrated on tokens [B, T].
+
+    Every head starts at the scale of the teacher's. The fusion norm makes that gamma = RMS of the
+    teacher's head; without it gamma is that over the RMS of the new head on the same inputs.
+    """
+    statistics = calibrate(teacher, tokens)
+    out = migrate(base, config, statistics, seed)
+    if config["fusion_norm"] is not None:
+        return out
+    on_device = {n: t.to(tokens.device) for n, t in out.items()}
+    student, x = Student(config, on_device, teacher.dtype, False), teacher.start(tokens)
+    for i in range(teacher.layers):
+        raw = student.heads(i, x).float().square().mean((0, 1, 3)).sqrt().cpu()
+        gamma = statistics[i]["rms"] / raw.clamp(min=SILENT)
+        out[f"model.layers.{i}.self_attn.head_scale"] = gamma
+        x = teacher.layer(i, x)
     return out
 
 

@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 from . import blocks
 
+FUSION_NORMS = ("rms", None)
 # What this twin can do: the defaults of the layout, without q/k norms (the base has none).
 SUPPORTED = {
     "fa_kv": "gqa_shared", "fa_rope": False, "fa_gate": "elementwise",
     "fa_gate_position": "pre_norm", "la_conv_kernel": 4, "la_rope": True, "la_qk_norm": False,
     "fa_qk_norm": False, "la_output_gate": "silu", "la_allow_neg_eigval": False,
-    "fusion_norm": "rms", "fusion_scale": True, "tie_word_embeddings": True,
+    "fusion_scale": True, "tie_word_embeddings": True,
     "attention_bias": False, "rope_scaling": None, "hidden_act": "silu",
 }  # fmt: skip
 
@@ -25,6 +26,10 @@ def check_config(config: dict) -> None:
     for key, value in SUPPORTED.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} is {config[key]!r}; this program only has {value!r}")
+    if config.get("fusion_norm", "rms") not in FUSION_NORMS:
+        raise ValueError(
+            f"fusion_norm is {config['fusion_norm']!r}; this program only has 'rms' and None"
+        )
 
 
 def layer_heads(config: dict, layer: int) -> tuple[list[int], list[int], list[int]]:
@@ -51,6 +56,8 @@ def attention_shapes(config: dict, layer: int) -> dict[str, tuple[int, ...]]:
         shapes |= {"la.a_proj.weight": (len(la), E), "la.b_proj.weight": (len(la), E),
                    "la.A_log": (len(la),), "la.dt_bias": (len(la),),
                    "la.gate_proj.weight": (n, E), "la_norm.weight": (D,)}  # fmt: skip
+    if config.get("fusion_norm", "rms") is None:
+        shapes = {n: s for n, s in shapes.items() if n not in ("fa_norm.weight", "la_norm.weight")}
     return shapes
 
 
@@ -80,6 +87,7 @@ class Decoder:
         self, config: dict, tensors: dict[str, Tensor], dtype: torch.dtype, compiled: bool
     ):
         self.config, self.tensors, self.dtype = config, tensors, dtype
+        self.compiled = compiled
         self.D, self.eps = config["head_dim"], config["rms_norm_eps"]
         self.embed = tensors["model.embed_tokens.weight"]
         self.norms, self.mlps, self.attn = [], [], []
@@ -185,6 +193,13 @@ class Student(Decoder):
     def parameters(self, part: str = "") -> list[Tensor]:
         """All tensors whose name holds `part`, sorted by name: a file keeps no other order."""
         return [self.tensors[n] for n in sorted(self.tensors) if part in n]
+
+    def heads(self, i: int, x: Tensor) -> Tensor:
+        """Head outputs [B, T, H, D] of layer i in original order, before gamma and o_proj."""
+        (order, kept), tables = self.maps[i], self.rope(x.shape[1])
+        h = blocks.rms_norm(x, self.norms[i], self.eps).to(self.dtype)
+        stored = blocks.student_heads(h, self.attn[i], kept, *tables, None, self.D)
+        return stored[:, :, order.argsort()]
 
     def attention(self, i: int, x: Tensor) -> Tensor:
         """What layer i adds to the stream after o_proj: normed [B, T, E] -> [B, T, E]."""

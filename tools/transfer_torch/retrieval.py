@@ -17,6 +17,9 @@ FACTS = (
     "Remember this: the access code of {k} is {v}.",
     "Note that the secret code for {k} is {v}.",
     "{k} has the registration number {v}.",
+    "The password that opens {k} is {v}.",
+    "In the register {k} is listed as {v}.",
+    "{v} is the phone number of {k}.",
 )
 QUESTIONS = (
     ("What is the special magic number for {k} mentioned in the text?",
@@ -25,6 +28,9 @@ QUESTIONS = (
     ("What is the access code of {k}?", "The access code of {k} is"),
     ("Which secret code belongs to {k}?", "The secret code for {k} is"),
     ("What is the registration number of {k}?", "The registration number of {k} is"),
+    ("Which password opens {k}?", "The password that opens {k} is"),
+    ("As what is {k} listed in the register?", "In the register {k} is listed as"),
+    ("What is the phone number of {k}?", "The phone number of {k} is"),
 )  # fmt: skip
 OPENINGS = (
     "Read the following text and answer the question at the end.\n\n",

@@ -2,6 +2,7 @@
 
 usage: python -m tools.transfer_torch.train align|distil|long --base BASE.gguf
            --heads HEADS.json --data DIR --out DIR [...]
+           [--then distil|long ... ]
        torchrun --nproc-per-node 2 -m tools.transfer_torch.train ...
 
 align   every layer's attention learns the teacher's attention output on the teacher's inputs
@@ -13,13 +14,19 @@ A run starts from --model (a folder in the HydraHead layout), else from a fresh 
 first, and leaves OUT/last (float32 weights, optimizer) and OUT/log.jsonl. The learning rate is
 constant after its warm-up and falls to zero over the last --decay share of --steps, or the last
 --decay-minutes: run without either to go on later.
+
+--then begins another stage in the same process, from the weights as they are; its flags are added
+to those before, and its --minutes count from the start of the process.
 """
 
 import argparse
 import json
 import os
 import shutil
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -27,22 +34,31 @@ import torch._functorch.config
 import torch.distributed as dist
 
 from . import checkpoint, delta
-from .data import Batches, loader, parse_mix
+from .data import Batches, InTurn, loader, parse_mix
 from .evaluate import evaluate
+from .grid import Format, Grid
 from .loss import distil_loss
-from .migrate import calibrate, migrate, student_config
+from .migrate import initial_weights, student_config
 from .model import Student, Teacher
 
 STAGES = ("align", "distil", "long")
 SAVE_SECONDS = 12  # writing weights and optimizer, 1.9 GB
 CLOCK_STEPS = 8
 TEACHER_LENGTH = 8192  # what the base was trained for
+TEACHER_START = 512  # tokens of a later window in which the teacher knows too little
 
 
 def parse_tuning(text: str) -> tuple[int, ...]:
     """The values of delta_triton.TUNING out of "4,8,4,32"."""
     warps, gradient_warps, walk_warps, columns = (int(x) for x in text.split(","))
     return warps, gradient_warps, walk_warps, columns
+
+
+def parse_norm(text: str) -> str | None:
+    """The config's fusion_norm of "rms" or "none"."""
+    if text not in ("rms", "none"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither rms nor none")
+    return None if text == "none" else text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,10 +72,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True)
     add("--model", type=Path, help="start from this HydraHead folder")
     add("--resume", action="store_true", help="go on from OUT/last")
+    add("--fusion-norm", type=parse_norm, default="rms", help="rms, or none for the ablation")
     add("--steps", type=int, default=1 << 40)
     add("--minutes", type=float, default=1e9, help="of wall clock, all included")
     add("--rows", type=int, default=32, help="sequences a step on each GPU")
     add("--length", type=int, default=1024, help="tokens a sequence, a multiple of 64")
+    add("--short", type=int, help="every other step: as many tokens in rows of this length")
     add("--lr", type=float, default=4e-4)
     add("--warmup", type=int, default=50, help="steps")
     add("--decay", type=float, default=0.0, help="last share of --steps")
@@ -69,6 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ce", type=float, default=0.0, help="weight of the next-token loss")
     add("--answer", type=float, default=0.0, help="next-token weight of retrieval answers, added")
     add("--scaled", action="store_true", help="train with the log-length scale on")
+    add("--quantise", type=Format.parse, help="train on this grid: bits,group,embedding's bits")
+    add("--quantise-minutes", type=float, default=1e9, help="only in the last so many of --minutes")
     add("--seed", type=int, default=1)
     add("--workers", type=int, default=4)
     add("--log-every", type=int, default=20)
@@ -131,34 +151,42 @@ class Run:
         to = {n: t.to(self.device) for n, t in base.items()}
         self.teacher = Teacher(base_config, to, self.dtype, self.compiled)
         heads = json.loads(args.heads.read_text())["full_attention_heads"]
-        config, self.step, state = student_config(base_config, heads), 0, None
+        config, state = student_config(base_config, heads, args.fusion_norm), None
         if args.resume:
             config, tensors = checkpoint.load_model(last)
             state = torch.load(last / "training.pt", map_location=self.device, weights_only=True)
-            self.step = state["step"]
         elif args.model:
             config, tensors = checkpoint.load_model(args.model)
         else:
             rows = Batches(args.data, {"teacher": 1.0}, 16, min(args.length, 512), args.seed)
             plain = Teacher(base_config, to, self.dtype, False)
             ids = torch.from_numpy(rows[0][0][:, :-1]).to(self.device)
-            tensors = migrate(base, config, calibrate(plain, ids), args.seed)
+            tensors = initial_weights(base, config, plain, ids, args.seed)
         if config["full_attention_heads"] != [sorted(set(h)) for h in heads]:
             raise ValueError(f"{args.heads} is another head map than the model's")
+        if config.get("fusion_norm", "rms") != args.fusion_norm:
+            raise ValueError(f"--fusion-norm is not the model's: {config.get('fusion_norm')!r}")
         tensors = {n: t.to(self.device) for n, t in tensors.items()}
         self.student = Student(config, tensors, self.dtype, self.compiled)
-        self.student.scaled = args.scaled
-        self.trained = self.student.parameters(".self_attn." if args.stage == "align" else "")
         for t in tensors.values():
             t.requires_grad_()  # all, and the inputs in align: one compiled form for all stages
+        self.begin(args)
+        if state:
+            self.step = state["step"]
+            self.optimizer.load_state_dict(state["optimizer"])
+        count = sum(t.numel() for t in self.trained)
+        self.say(f"{args.stage}: {count / 1e6:.1f} M parameters trained, from step {self.step}")
+
+    def begin(self, args) -> None:
+        """Step 0 of the stage of args: the weights as they are, a new optimizer."""
+        self.args, self.step, self.left = args, 0, None
+        self.student.scaled = args.scaled
+        self.grid = Grid(self.student.tensors, args.quantise) if args.quantise else None
+        self.trained = self.student.parameters(".self_attn." if args.stage == "align" else "")
         fused = self.device != "cpu"
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=fused
         )
-        if state:
-            self.optimizer.load_state_dict(state["optimizer"])
-        count = sum(t.numel() for t in self.trained)
-        self.say(f"{args.stage}: {count / 1e6:.1f} M parameters trained, from step {self.step}")
 
     def save(self) -> None:
         """Writes OUT/last; a kill meanwhile leaves the old one there or in OUT/old."""
@@ -174,6 +202,18 @@ class Run:
         new.rename(last)
         shutil.rmtree(old, ignore_errors=True)
 
+    def rounded(self) -> AbstractContextManager:
+        """The weights on the grid of --quantise while it is on, then exact again."""
+        if not self.grid or (self.left or 0.0) > self.args.quantise_minutes * 60:
+            return nullcontext()
+        return self._rounded()
+
+    @contextmanager
+    def _rounded(self) -> Iterator[None]:
+        self.grid.round()
+        yield
+        self.grid.restore()
+
     def rate(self) -> tuple[float, bool]:
         """The learning-rate factor of this step, and whether time is up; by the first's clock."""
         args, step = self.args, self.step
@@ -187,7 +227,9 @@ class Run:
                 clock = torch.tensor([left], device=self.device)
                 dist.broadcast(clock, 0)
                 self.left = clock.item()
-            left = self.left
+        else:
+            self.left = left
+        left = self.left
         if args.decay_minutes:
             factor = min(factor, max(0.0, left) / (args.decay_minutes * 60))
         return factor, left <= 0
@@ -209,17 +251,32 @@ class Run:
                 x = self.teacher.mlp(i, x + wanted)
         return total[None]
 
+    @torch.no_grad()
+    def teach(self, ids, marks) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The teacher's hidden states [B, T, E], or None; the weight of its KL [B, T].
+
+        Rows longer than it was trained for are read in windows. What a later window cannot know
+        has no weight: its first tokens, and answers about what came before it.
+        """
+        args, x = self.args, ids[:, :-1]
+        kl, T = torch.full(x.shape, args.kl, device=x.device), x.shape[1]
+        if not args.kl:
+            return None, kl
+        if T <= TEACHER_LENGTH:
+            return self.teacher.hidden(x), kl
+        at = torch.arange(T, device=x.device)
+        blind = (at >= TEACHER_LENGTH) & ((at % TEACHER_LENGTH < TEACHER_START) | (marks > 0))
+        th = self.teacher.hidden(x.reshape(-1, TEACHER_LENGTH)).view(*x.shape, -1)
+        return th, kl.masked_fill(blind, 0.0)
+
     def distil_step(self, ids, marks) -> torch.Tensor:
         """KL and next-token loss; leaves gradients. Returns [loss, KL, next-token loss]."""
-        args, th = self.args, None
-        if args.kl and ids.shape[1] - 1 <= TEACHER_LENGTH:
-            with torch.no_grad():
-                th = self.teacher.hidden(ids[:, :-1])
+        args, (th, kl) = self.args, self.teach(ids, marks)
         h = self.student.hidden(ids[:, :-1])
         # Without a teacher the next-token loss is all there is.
         ce = args.ce + args.answer * marks.float() if th is not None else 0.0 * marks + 1.0
         parts = distil_loss(
-            h, self.student.embed, th, self.teacher.embed, ids[:, 1:], args.kl, ce, self.compiled
+            h, self.student.embed, th, self.teacher.embed, ids[:, 1:], kl, ce, self.compiled
         )
         parts[0].backward()
         return torch.stack([p.detach() for p in parts])
@@ -244,10 +301,12 @@ class Run:
     def evaluate(self) -> dict:
         """Held-out figures; every process computes them, which costs no more than waiting."""
         args = self.args
-        return evaluate(
-            self.student, self.teacher, args.data, args.rows, args.length, args.eval_batches,
-            self.device,
-        )  # fmt: skip
+        length = args.short or args.length
+        rows = args.rows * args.length // length
+        with self.rounded():
+            return evaluate(
+                self.student, self.teacher, args.data, rows, length, args.eval_batches, self.device
+            )
 
 
 def train(run: Run) -> None:
@@ -263,6 +322,10 @@ def train(run: Run) -> None:
             log.flush()
 
     batches = Batches(args.data, args.mix, args.rows, args.length, args.seed, run.rank)
+    if args.short:
+        rows = args.rows * args.length // args.short
+        short = Batches(args.data, args.mix, rows, args.short, args.seed, run.rank)
+        batches = InTurn(short, batches)
     tokens, sums, since, first = args.rows * args.length * run.world, 0.0, time.time(), run.step
     counted = 0
     for ids, marks in loader(batches, run.step, args.steps, args.workers):
@@ -270,7 +333,8 @@ def train(run: Run) -> None:
         if over:
             break
         ids, marks = (x.to(run.device, non_blocking=True) for x in (ids, marks))
-        parts = run.align_step(ids) if args.stage == "align" else run.distil_step(ids, marks)
+        with run.rounded():
+            parts = run.align_step(ids) if args.stage == "align" else run.distil_step(ids, marks)
         norm = run.update(factor)
         run.step, counted, sums = run.step + 1, counted + 1, sums + torch.cat([parts, norm[None]])
         if run.step == first + 1:
@@ -294,14 +358,38 @@ def train(run: Run) -> None:
         note(run.evaluate())
 
 
+def check(args: argparse.Namespace) -> None:
+    """Lengths that go with the chunks and with the teacher's windows, or SystemExit."""
+    for length in (args.length, args.short or args.length):
+        if length % delta.CHUNK or args.rows * args.length % length:
+            raise SystemExit(f"rows of {length} are no multiple of {delta.CHUNK}, or do not fill "
+                             f"{args.rows} x {args.length} tokens")  # fmt: skip
+        if args.kl and length > TEACHER_LENGTH and length % TEACHER_LENGTH:
+            raise SystemExit(f"{length} is no multiple of {TEACHER_LENGTH}, which the teacher "
+                             "reads at a time; --kl 0 does without it")  # fmt: skip
+
+
+def parse_stages(words: list[str]) -> list[argparse.Namespace]:
+    """The arguments of every stage; flags after --then are added to those before it."""
+    stages, flags = [], []
+    while words:
+        end = words.index("--then") if "--then" in words else len(words)
+        flags += words[1:end]
+        stages.append(build_parser().parse_args([*words[:1], *flags]))
+        check(stages[-1])
+        words = words[end + 1 :]
+    return stages or [build_parser().parse_args([])]
+
+
 def main(argv=None) -> int:
     """Entry point; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    stages = parse_stages(list(sys.argv[1:] if argv is None else argv))
     one_device()
-    if args.length % delta.CHUNK:
-        raise SystemExit(f"--length {args.length} is no multiple of {delta.CHUNK}")
-    run = Run(args)
+    run = Run(stages[0])
     train(run)
+    for args in stages[1:]:
+        run.begin(args)
+        train(run)
     if run.device != "cpu":
         run.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     if run.world > 1:
