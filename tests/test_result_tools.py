@@ -122,7 +122,8 @@ def results(world, tmp_path, monkeypatch):
         assert needle.main([str(a) for a in argv]) == 0
     step = {"stage": "distil", "step": 40, "loss": 0.5, "kl": 0.25, "lr": 1e-4, "tok_s": 98765}
     held = {"stage": "distil", "step": 40, "long": {"kl": 0.125}, "teacher": {"kl": 0.0625}}
-    lines = [json.dumps(x) for x in ({**step, "seen": 12_345_678}, held)]
+    first = {"stage": "align", "step": 90, "loss": 0.75, "lr": 1e-4, "tok_s": 500, "seen": 900}
+    lines = [json.dumps(x) for x in (first, {**step, "seen": 12_345_678}, held)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "commands.txt").write_text("python -m something --steps 40\n")
     argv = [world.model, "--base-id", "owner/base", "--perplexity", tmp_path / "p.json"]
@@ -139,6 +140,7 @@ def test_card(world, results, tmp_path):
     assert "license: apache-2.0\nbase_model: owner/base\n" in text
     for said in (
         "2 of its 8 attention heads", "python -m something --steps 40",
+        "| align | 90 | 900 | 0.75 | - | - | - | 500 |",
         "| distil | 40 | 12,345,678 | 0.5 | 0.25 | 0.125 | 0.0625 | 98,765 |",
         "python tools/perplexity.py model base", "python tools/side_by_side.py model base",
         "hydra-mlx needle model --lengths 384 --depths 0.0,1.0 --keys 1 --trials 1 --digits 3",

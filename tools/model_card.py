@@ -6,7 +6,7 @@
 
 --perplexity: of tools/perplexity.py. --needles: of `hydra-mlx needle --out`, the same texts for the
 model and for the one it was made from; repeatable. --answers: of tools/side_by_side.py. --log: of
-tools/transfer_torch, one for each stage, in order. --commands: a text file with the commands that
+tools/transfer_torch, in order; one may have several stages. --commands: a text file with the commands that
 made the model, shown as it is.
 
 No figure is typed by hand: what is neither in these files nor in the folder is not in the card.
@@ -184,14 +184,24 @@ hydra-mlx generate --model hydra_mlx/models/{name} "Why is the sky blue?"
 """
 
 
+def stages(entries: list) -> list:
+    """The entries of each stage in a log: another name, or a step before the last one, begins it."""
+    out = [[entries[0]]]
+    for before, entry in zip(entries, entries[1:], strict=False):
+        if entry["stage"] != before["stage"] or entry["step"] < before["step"]:
+            out.append([])
+        out[-1].append(entry)
+    return out
+
+
 def training(commands: str, logs: Sequence) -> list:
-    """How it was made: the commands, and a row for each log.
+    """How it was made: the commands, and a row for each stage.
 
     Args:
-        logs: For each stage the entries of its log.
+        logs: Entries of every log.
     """
     rows = []
-    for entries in logs:
+    for entries in [stage for log in logs for stage in stages(log)]:
         steps = [e for e in entries if "lr" in e]
         held = next((e for e in reversed(entries) if "long" in e), {})
         last = steps[-1] if steps else {}
@@ -208,8 +218,8 @@ def training(commands: str, logs: Sequence) -> list:
         "The definition is in arXiv 2606.20097; the text, its licences and the programs are "
         "described in [tools/transfer_torch](../../../tools/transfer_torch/README.md).", "",
         *fenced(commands, ""),
-        "At the end of each stage, as its log has it; KL to the plain model, nats a token, before "
-        "quantisation:", "",
+        "At the end of each stage, as the log of training has it; KL to the plain model in nats a "
+        "token:", "",
         *table([*names, "KL held out, the teacher's text", "tokens/s"], rows),
     ]  # fmt: skip
 
