@@ -6,8 +6,8 @@
 
 --perplexity: of tools/perplexity.py. --needles: of `hydra-mlx needle --out`, the same texts for the
 model and for the one it was made from; repeatable. --answers: of tools/side_by_side.py. --log: of
-tools/transfer_torch, in order; one may have several stages. --commands: a text file with the commands that
-made the model, shown as it is.
+tools/transfer_torch, in order; one may have several stages. --commands: a text file with the
+commands that made the model, shown as it is.
 
 No figure is typed by hand: what is neither in these files nor in the folder is not in the card.
 Results of other weights than the folder's are refused.
@@ -185,7 +185,7 @@ hydra-mlx generate --model hydra_mlx/models/{name} "Why is the sky blue?"
 
 
 def stages(entries: list) -> list:
-    """The entries of each stage in a log: another name, or a step before the last one, begins it."""
+    """The entries of each stage in a log: another name, or an earlier step, begins one."""
     out = [[entries[0]]]
     for before, entry in zip(entries, entries[1:], strict=False):
         if entry["stage"] != before["stage"] or entry["step"] < before["step"]:
