@@ -20,6 +20,7 @@ from .predict import CHIPS, Floor
 
 WARM_TOKENS = 4  # decoded before anything is measured: they build and check the kernels
 STREAM_BYTES = 1 << 28  # of the matrix that measures the bandwidth
+MANY = 17
 
 
 class Stopped(Exception):
@@ -194,7 +195,8 @@ def step_floor(model: Any, cache: list, context: int) -> Floor | None:
 def bandwidth(model: Any) -> tuple:
     """(GB/s, TFLOP/s or None, where they come from): of this chip as stated, or measured here.
 
-    Measured: a matrix of STREAM_BYTES times a vector, in the type of the model's norms.
+    Measured: a matrix of STREAM_BYTES times a vector, in the type of the model's norms. MANY times
+    less once, since launching and waiting cost about as much as one does on a large GPU.
     """
     name = str(mx.device_info().get("device_name", "")).removeprefix("Apple ")
     if name in CHIPS:
@@ -203,15 +205,15 @@ def bandwidth(model: Any) -> tuple:
     norm = next((x for n, x in tree_flatten(model.parameters()) if n.endswith("norm.weight")), None)
     dtype = mx.float32 if norm is None else norm.dtype
     columns = 4096
-    matrix = mx.ones((STREAM_BYTES // dtype.size // columns, columns), dtype)
+    matrix = mx.random.normal((STREAM_BYTES // dtype.size // columns, columns), dtype)
     vector = mx.ones((columns, 1), dtype)
     mx.eval(matrix, vector)
     best = {}
-    for n in (1, 5, 1, 5, 1, 5):  # the difference leaves out what launching and waiting cost
+    for n in (1, MANY) * 3:
         start = time.perf_counter()
         mx.eval([matrix @ (vector + i) for i in range(n)])
         best[n] = min(time.perf_counter() - start, best.get(n, float("inf")))
-    seconds = (best[5] - best[1]) / 4
+    seconds = (best[MANY] - best[1]) / (MANY - 1)
     speed = matrix.nbytes / (seconds if seconds > 0 else best[1]) / 1e9
     return speed, None, f"{speed:.3g} GB/s, measured here (a matrix times a vector)"
 

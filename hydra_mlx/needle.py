@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from . import cli, heatmap
 from .errors import UsageError
@@ -130,18 +131,37 @@ def check_files(args: argparse.Namespace):
 def work(args: argparse.Namespace) -> int:
     """Do what the flags say; returns the exit code."""
     check_files(args)
-    from . import haystack, loading, stats
-    from .journal import Journal, partial_path, versions
-    from .manifest import model_hash, model_name
+    from . import loading, stats
 
-    note: Callable = (lambda line: None) if args.quiet else cli.say
-    source = haystack.file_sentences(args.haystack) if args.haystack else None
     path = loading.resolve_path(args.model)
     model, tokenizer = loading.load(path, args.dtype)
     if args.chat and not getattr(tokenizer, "chat_template", None):
         raise UsageError(
             "--chat is given, but the tokenizer has no chat template.", "Leave --chat out."
         )
+    return measure(args, path, tokenizer, stats.backend()[0], model)
+
+
+def measure(
+    args: argparse.Namespace,
+    path: Path,
+    tokenizer: Any,
+    device: str,
+    model: Any = None,
+    reply: Callable | None = None,
+) -> int:
+    """Ask all texts, print and write the results; returns the exit code.
+
+    Args:
+        args: Of build_parser. path: Folder of the model. device: What computes the replies.
+        model, reply: One of them, as of needles.evaluate.
+    """
+    from . import haystack, loading
+    from .journal import Journal, partial_path, versions
+    from .manifest import model_hash, model_name
+
+    note: Callable = (lambda line: None) if args.quiet else cli.say
+    source = haystack.file_sentences(args.haystack) if args.haystack else None
     settings = NeedleSettings(
         args.lengths, args.depths, args.keys, args.trials, args.digits, args.seed, args.chat
     )
@@ -161,7 +181,7 @@ def work(args: argparse.Namespace) -> int:
             "haystack_sha256": haystack.digest(source),
         },
         "versions": versions(),
-        "device": stats.backend()[0],
+        "device": device,
     }
     out = None if args.out is None else Path(args.out).expanduser()
     with contextlib.ExitStack() as stack:
@@ -169,7 +189,7 @@ def work(args: argparse.Namespace) -> int:
         if out is not None:
             kept = stack.enter_context(Journal(partial_path(out, args.overwrite), head))
         meter = stack.enter_context(cli.Meter("needle", args.quiet))
-        cells = evaluate(model, tokenizer, settings, source, kept, meter)
+        cells = evaluate(model, tokenizer, settings, source, kept, meter, reply)
         if kept is not None:
             shares = {
                 str(k): {str(n): accuracy(cells, k, n) for n in settings.lengths}

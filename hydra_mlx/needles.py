@@ -63,12 +63,14 @@ def evaluate(
     source: Sequence | None = None,
     kept: Any = None,
     progress: Callable = lambda label, done, total: None,
+    reply: Callable | None = None,
 ) -> list:
     """Ask every text of the grid.
 
     Args:
         model, tokenizer: From hydra_mlx.load. source: Haystack sentences, or None for made ones.
         kept: A Journal, or None. progress: (label, done, total).
+        reply: Called with a probes.Needle instead of asking `model`; gives the text of the reply.
 
     Returns:
         For each cell {"keys", "length", "depth", "tokens": of the first prompt, "trials",
@@ -90,17 +92,20 @@ def evaluate(
                 progress(f"{length} tokens", done, total)
                 rng = random.Random(f"{settings.seed}/needle/{name}")
                 needle = make_needle(tokenizer, rng, length, depth, keys, settings.digits, source)
-                reply = ask(model, tokenizer, needle.body, settings.digits, settings.chat)
-                value = [needle.answer, reply, needle.tokens]
+                if reply is None:
+                    text = ask(model, tokenizer, needle.body, settings.digits, settings.chat)
+                else:
+                    text = reply(needle)
+                value = [needle.answer, text, needle.tokens]
                 values[name] = value
                 if kept is not None:
                     kept.add(name, value)
-            answer, reply, tokens = values[name]
+            answer, text, tokens = values[name]
             cell["tokens"] = cell["tokens"] or tokens
-            if is_right(reply, answer):
+            if is_right(text, answer):
                 cell["right"] += 1
             else:
-                cell["wrong"].append([answer, reply])
+                cell["wrong"].append([answer, text])
             done += 1
         out.append(cell)
     progress("done", done, total)

@@ -160,6 +160,14 @@ def header(args: argparse.Namespace, path: Path, trunk: Any, settings: Any, dige
     return score_file.header(model, probes, versions())
 
 
+def _same(data: dict, head: dict) -> bool:
+    """Whether a result is of these weights and settings; the model's file may have moved."""
+    model = data.get("model")
+    if isinstance(model, dict):
+        data = {**data, "model": {**model, "name": head["model"]["name"]}}
+    return all(data.get(k) == v for k, v in head.items())
+
+
 def read_finished(out: Path, head: dict) -> dict | None:
     """The result that is there already, or None.
 
@@ -172,8 +180,7 @@ def read_finished(out: Path, head: dict) -> dict | None:
         return None
     except (OSError, ValueError, RecursionError):
         data = None
-    same = json.loads(json.dumps(head))
-    if not isinstance(data, dict) or any(data.get(k) != v for k, v in same.items()):
+    if not isinstance(data, dict) or not _same(data, json.loads(json.dumps(head))):
         raise UsageError(
             f"{out} is there already and holds something else than this run would give.",
             "Choose another --out, or add --overwrite.",

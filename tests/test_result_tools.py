@@ -48,7 +48,8 @@ def test_perplexity(world, tmp_path, monkeypatch):
     assert str(tmp_path) not in json.dumps(found) and "held-out.txt" in found["command"]
     tokenizer = load_tokenizer(world.model)
     documents = read_documents([world.held_out], 260, lambda: tokenizer)
-    model, base = hydra_mlx.load_model(world.model), load_teacher(open_base(world.base))
+    base = load_teacher(open_base(world.base))
+    both = [perplexity.Read(m) for m in (hydra_mlx.load_model(world.model), base)]
     for x in found["lengths"]:
         windows = Batches(documents, x["length"], 0).take(0, 3)
         # The student of training, without a cache and in one pass.
@@ -58,7 +59,7 @@ def test_perplexity(world, tmp_path, monkeypatch):
             ("base_perplexity", "teacher_perplexity"), ("perplexity_ratio", "perplexity_ratio"),
         ):  # fmt: skip
             assert x[ours] == pytest.approx(wanted[theirs], rel=1e-4), ours
-        rows = [perplexity.compare(model, base, w) for w in windows]
+        rows = [perplexity.compare(*both, w) for w in windows]
         off = [a - b for a, b, *_ in rows]
         mean = sum(off) / 3
         spread = math.sqrt(sum((d - mean) ** 2 for d in off) / 2 / 3)
