@@ -103,11 +103,13 @@ def plot(found: list, path: Path, title: str):
         ax.set(xlabel="tokens in the context", ylabel=name, xscale="log")
         ax.minorticks_off()
         ax.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths])
-        ax.set_ylim(bottom=0)
         ax.grid(alpha=0.3)
     predicted = [r["predicted_most_tps"] for r in measured if "predicted_most_tps" in r]
     if predicted and max(predicted) > FAR * max(r["decode_tps"]["median"] for r in measured):
-        panels[1].set(yscale="log", ylim=(None, None))
+        panels[1].set_yscale("log")
+    for ax in panels:
+        if ax.get_yscale() == "linear":
+            ax.set_ylim(bottom=0)
     panels[1].legend(fontsize=7, frameon=False)
     fig.suptitle(title, fontsize=9)
     heatmap.save(fig, path)
