@@ -149,12 +149,13 @@ def measure(
     device: str,
     model: Any = None,
     reply: Callable | None = None,
+    program: str = "hydra-mlx needle",
 ) -> int:
     """Ask all texts, print and write the results; returns the exit code.
 
     Args:
         args: Of build_parser. path: Folder of the model. device: What computes the replies.
-        model, reply: One of them, as of needles.evaluate.
+        model, reply: One of them, as of needles.evaluate. program: What was typed to begin it.
     """
     from . import haystack, loading
     from .journal import Journal, partial_path, versions
@@ -171,6 +172,7 @@ def measure(
     head = {
         "format": FORMAT,
         "format_version": 1,
+        "program": program,
         "model": {
             "name": model_name(args.model, path),
             "sha256": model_hash(path),

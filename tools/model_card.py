@@ -5,7 +5,7 @@
         --log align/log.jsonl --log distil/log.jsonl --commands commands.txt
 
 --perplexity: of tools/perplexity.py. --needles: of `hydra-mlx needle --out`, the same texts for the
-model and for the one it was made from; repeatable. --answers: of tools/side_by_side.py. --log: of
+model and for the one it was made from, or - where that was not asked; repeatable. --answers: of tools/side_by_side.py. --log: of
 tools/transfer_torch, in order; one may have several stages. --commands: a text file with the
 commands that made the model, shown as it is.
 
@@ -246,45 +246,55 @@ def perplexity(found: dict) -> list:
     ]  # fmt: skip
 
 
-def needle_command(name: str, settings: dict) -> str:
+def needle_command(found: dict) -> str:
     """The command of a needle result."""
+    name, settings = found["model"]["name"], found["settings"]
     flags = [f"--{k} {','.join(map(str, settings[k]))}" for k in ("lengths", "depths", "keys")]
     flags += [f"--{k} {settings[k]}" for k in ("trials", "digits", "seed")]
     flags += ["--haystack FILE"] if settings["haystack_sha256"] else []
     flags += ["--chat"] if settings["chat"] else []
-    return f"hydra-mlx needle {name} {' '.join(flags)} --out FILE"
+    return f"{found.get('program', 'hydra-mlx needle')} {name} {' '.join(flags)} --out FILE"
 
 
 def needles(pairs: Sequence) -> list:
     """The section of `hydra-mlx needle`.
 
     Args:
-        pairs: (result of this model, result of the plain one).
+        pairs: (result of this model, result of the plain one or None).
     """
     lines = [
         "## Needles", "",
         "Numbers hidden in long texts, found again digit for digit; in brackets what the plain "
-        "model finds in the same texts.", "",
+        "model finds in the same texts, where it was asked.", "",
     ]  # fmt: skip
-    for own, base in pairs:
-        s = own["settings"]
-        names = [r["model"]["name"] for r in (own, base)]
-        lines += fenced("\n".join(needle_command(n, s) for n in names), "")
+    for pair in pairs:
+        found = [r for r in pair if r is not None]
+        s = found[0]["settings"]
+        lines += fenced("\n".join(needle_command(r) for r in found), "")
+        lines += ["Run on: " + "; ".join(dict.fromkeys(r["device"] for r in found)) + ".", ""]
         for keys in s["keys"]:
-            cells = [
-                {(c["length"], c["depth"]): c for c in r["cells"] if c["keys"] == keys}
-                for r in (own, base)
+            rows = [
+                [f"{d:g}", *(cell(found, keys, n, d) for n in s["lengths"])] for d in s["depths"]
             ]
-            rows = []
-            for depth in s["depths"]:
-                both = [[x[n, depth] for x in cells] for n in s["lengths"]]
-                said = [f"{a['right']}/{a['trials']} ({b['right']}/{b['trials']})" for a, b in both]
-                rows.append([f"{depth:g}", *said])
-            shares = [[accuracy(r["cells"], keys, n) for r in (own, base)] for n in s["lengths"]]
-            rows.append(["all", *(f"{100 * a:.0f} % ({100 * b:.0f} %)" for a, b in shares)])
+            shares = [[accuracy(r["cells"], keys, n) for r in found] for n in s["lengths"]]
+            rows.append(["all", *(beside([f"{100 * x:.0f} %" for x in both]) for both in shares)])
             names = [f"{count(keys, 'key')}, depth", *(f"{n:,}" for n in s["lengths"])]
             lines += table(names, rows)
     return lines
+
+
+def cell(found: Sequence, keys: int, length: int, depth: float) -> str:
+    """Right answers of both at one place."""
+    place = (keys, length, depth)
+    cells = [
+        next(c for c in r["cells"] if (c["keys"], c["length"], c["depth"]) == place) for r in found
+    ]
+    return beside([f"{c['right']}/{c['trials']}" for c in cells])
+
+
+def beside(texts: Sequence) -> str:
+    """This model's figure, and the plain one's in brackets if there is one."""
+    return texts[0] if len(texts) == 1 else f"{texts[0]} ({texts[1]})"
 
 
 def answers(found: dict) -> list:
@@ -306,17 +316,15 @@ def answers(found: dict) -> list:
 def limits(f: facts.Facts, found: dict, pairs: Sequence) -> list:
     """What the model cannot do, in figures where there are some."""
     worst = max(found["lengths"], key=lambda x: x["perplexity_ratio"])
-    right, asked, base_right = (
-        sum(c[k] for pair in pairs for c in pair[i]["cells"])
-        for i, k in ((0, "right"), (0, "trials"), (1, "right"))
-    )
+    cells = [[c for r in column if r for c in r["cells"]] for column in zip(*pairs, strict=True)]
+    said = [f"{sum(c['right'] for c in x)} of {sum(c['trials'] for c in x)}" for x in cells]
     return [
         "## Limits", "",
         "- A model of this size says wrong things in good English, and its answers above are what "
         "they are. It is there to try the program with; check what it tells you.",
         f"- Its perplexity is {worst['perplexity_ratio']:.3f} times the plain model's at "
-        f"{worst['length']:,} tokens, and it finds {right} of {asked} needles, the plain one "
-        f"{base_right}.",
+        f"{worst['length']:,} tokens, and it finds {said[0]} needles, the plain one {said[1]} "
+        "it was asked for.",
         f"- Made for {f.positions:,} tokens; what is not in the tables above was not measured.",
         "- English only.", "",
     ]  # fmt: skip
@@ -356,9 +364,15 @@ def work(args: argparse.Namespace) -> int:
     """Read, check and write; returns the exit code."""
     folder = args.folder.expanduser()
     one = {k: read_result(k, getattr(args, k)) for k in ("perplexity", "answers")}
-    pairs = [tuple(read_result("needles", p) for p in paths) for paths in args.needles]
+    pairs = [
+        tuple(None if str(p) == "-" else read_result("needles", p) for p in paths)
+        for paths in args.needles
+    ]
     for pair, paths in zip(pairs, args.needles, strict=True):
-        require_pair(*pair, paths)
+        if pair[0] is None:
+            raise UsageError("--needles - FILE: the first is this model's result.")
+        if pair[1] is not None:
+            require_pair(*pair, paths)
     own = [(getattr(args, k), one[k]) for k in one]
     require_same(folder, own + [(p[0], x[0]) for p, x in zip(args.needles, pairs, strict=True)])
     logs = [read_log(p) for p in args.log]

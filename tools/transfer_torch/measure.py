@@ -42,6 +42,7 @@ from . import checkpoint
 from .delta import CHUNK
 from .model import Student, Teacher
 
+PROGRAM = "python -m tools.transfer_torch.measure"
 CHECKED = 192  # tokens whose logits are compared with MLX
 TOLERANCE = 2e-3  # of logits, 2-norm
 
@@ -147,7 +148,9 @@ def needles(words: list[str]) -> int:
         student.scaled = True
         tokenizer, name = load_tokenizer(folder), device("bfloat16", worst)
         reply = lambda asked: answer(student, tokenizer, asked)  # noqa: E731
-        return needle.measure(args, folder, tokenizer, name, reply=reply)
+        return needle.measure(
+            args, folder, tokenizer, name, reply=reply, program=f"{PROGRAM} needle"
+        )
 
     return cli.run(needle.build_parser(), work, words)
 
@@ -179,7 +182,7 @@ def main(argv=None) -> int:
         teacher = Teacher(*checkpoint.load_base(base), torch.float32, False)
         return Read(student), Read(teacher), device("float32", worst)
 
-    return perplexity.main(words[1:], "python -m tools.transfer_torch.measure perplexity", pair)
+    return perplexity.main(words[1:], f"{PROGRAM} perplexity", pair)
 
 
 if __name__ == "__main__":
