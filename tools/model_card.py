@@ -5,9 +5,9 @@
         --log align/log.jsonl --log distil/log.jsonl --commands commands.txt
 
 --perplexity: of tools/perplexity.py. --needles: of `hydra-mlx needle --out`, the same texts for the
-model and for the one it was made from, or - where that was not asked; repeatable. --answers: of tools/side_by_side.py. --log: of
-tools/transfer_torch, in order; one may have several stages. --commands: a text file with the
-commands that made the model, shown as it is.
+model and for the one it was made from, or - where that was not asked; repeatable. --answers: of
+tools/side_by_side.py. --log: of tools/transfer_torch, in order; one may have several stages.
+--commands: a text file with the commands that made the model, shown as it is.
 
 No figure is typed by hand: what is neither in these files nor in the folder is not in the card.
 Results of other weights than the folder's are refused.
