@@ -322,6 +322,8 @@ def limits(f: facts.Facts, found: dict, pairs: Sequence) -> list:
         "## Limits", "",
         "- A model of this size says wrong things in good English, and its answers above are what "
         "they are. It is there to try the program with; check what it tells you.",
+        "- Asked about a document of thousands of tokens it finds facts, but other replies tend to "
+        "repeat themselves; [docs/chat.md](../../../docs/chat.md) shows some.",
         f"- Its perplexity is {worst['perplexity_ratio']:.3f} times the plain model's at "
         f"{worst['length']:,} tokens, and it finds {said[0]} needles, the plain one {said[1]} "
         "it was asked for.",
