@@ -16,7 +16,7 @@ import time
 # A child that has imported everything but has not touched MLX's threads; each line names a
 # terminal, arguments and variables for one chat, which gets a session and the terminal to itself.
 SERVER = """
-import fcntl, json, os, sys, termios, time
+import fcntl, json, os, signal, sys, termios, time
 import hydra_mlx, mlx_lm.generate
 from hydra_mlx import cache_write, chat, chat_loop, drafts, generate, loading, session_file
 try:
@@ -29,6 +29,8 @@ for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
         os.setsid()
+        # As a terminal's shell has it; a job in the background ignores it, and so do its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         fd = os.open(order["terminal"], os.O_RDWR)
         fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
         for n in (0, 1, 2):
