@@ -31,7 +31,9 @@ from typing import Any
 import hydra_mlx
 from hydra_mlx import cli, convert, needle
 from hydra_mlx.errors import UsageError
-from hydra_mlx.loading import load_tokenizer, resolve_path
+from hydra_mlx.loading import load_tokenizer, read_config, resolve_path
+from hydra_mlx.quantise import packed_format
+from hydra_mlx.tensors import Packed, to_float
 
 import mlx.core as mx
 import numpy as np
@@ -49,26 +51,19 @@ TOLERANCE = 2e-3  # of logits, 2-norm
 
 def dequantised(folder: Path, target: Path) -> None:
     """Write an MLX folder again without quantisation, in float32."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    form = config.pop("quantization", None)
-    config.pop("quantization_config", None)
-    stored = {}
+    config, stored, tensors = read_config(folder), {}, {}
     for file in sorted(folder.glob("*.safetensors")):
         stored |= mx.load(str(file))
-    tensors = {}
     for name, tensor in stored.items():
-        path, part = name.rsplit(".", 1) if "." in name else ("", name)
+        path, _, part = name.rpartition(".")
         packed = f"{path}.scales" in stored
-        if not packed or part not in ("weight", "scales", "biases"):
-            tensors[name] = tensor.astype(mx.float32)
-        elif part == "weight":
-            own = form | form.get(path, {})
-            scales, biases = (
-                stored[f"{path}.{n}"].astype(mx.float32) for n in ("scales", "biases")
-            )
-            tensors[name] = mx.dequantize(
-                tensor, scales, biases, group_size=own["group_size"], bits=own["bits"]
-            )
+        if packed and part == "weight":
+            biases = stored.get(f"{path}.biases")
+            form = packed_format(config, path)
+            tensor = Packed(tensor, stored[f"{path}.scales"], biases, **form)
+        if not packed or part not in ("scales", "biases"):
+            tensors[name] = to_float(tensor)
+    config = {k: v for k, v in config.items() if k not in ("quantization", "quantization_config")}
     target.mkdir()
     mx.save_safetensors(str(target / "model.safetensors"), tensors, metadata={"format": "mlx"})
     (target / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}), "utf-8")

@@ -26,7 +26,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -202,17 +202,15 @@ class Run:
         new.rename(last)
         shutil.rmtree(old, ignore_errors=True)
 
-    def rounded(self) -> AbstractContextManager:
-        """The weights on the grid of --quantise while it is on, then exact again."""
-        if not self.grid or (self.left or 0.0) > self.args.quantise_minutes * 60:
-            return nullcontext()
-        return self._rounded()
-
     @contextmanager
-    def _rounded(self) -> Iterator[None]:
-        self.grid.round()
+    def rounded(self) -> Iterator[None]:
+        """The weights on the grid of --quantise while it is on, then exact again."""
+        on = self.grid and (self.left or 0.0) <= self.args.quantise_minutes * 60
+        if on:
+            self.grid.round()
         yield
-        self.grid.restore()
+        if on:
+            self.grid.restore()
 
     def rate(self) -> tuple[float, bool]:
         """The learning-rate factor of this step, and whether time is up; by the first's clock."""
