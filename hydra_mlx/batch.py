@@ -4,6 +4,7 @@ A sequence that leaves a batch is a CachedSequence as before, to be rolled back,
 and put into a batch again. Rows of a batch are added up in another order than single runs, so
 logits differ in their last bits, as in speculative.py. What was decoded in a batch counts as calls
 of many tokens: a rollback into it replays it so, equal up to rounding; see docs/speculative.md.
+What rows share as forks (CachedSequence.fork(share=True)) is held and read once for all of them.
 """
 
 from collections.abc import Sequence
@@ -14,8 +15,12 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import ArraysCache
 
-from .cache import CONV, STATE
+from .batch_cache import HydraBatchCache
+from .cache import CONV, STATE, own_cache
+from .config import HydraArgs
 from .errors import UsageError
+from .kv_cache import HydraKVCache
+from .kv_format import in_words, kv_format
 from .sequence import CachedSequence
 
 
@@ -55,7 +60,8 @@ class Batch:
         """Let sequences join.
 
         Raises:
-            UsageError: One of another model, twice the same, or whose cache has no batch.
+            UsageError: One of another model, twice the same, whose cache has no batch, or that
+                keeps keys and values in another form than the others.
         """
         self._mend()
         new = list(sequences)
@@ -67,8 +73,9 @@ class Batch:
             raise UsageError("A sequence can be in a batch once; fork it.")
         for s in new:
             s.mend()
+        check_forms([*(self._cache or ()), *(c for s in new for c in s.cache)])
         with mx.stream(generation_stream):
-            merged = [type(c[0]).merge(c) for c in zip(*(s.cache for s in new), strict=True)]
+            merged = [_merge(c) for c in zip(*(_own(s) for s in new), strict=True)]
             for c in merged:
                 if isinstance(c, ArraysCache):
                     c.left_padding = None  # merge() sets it for empty ones: a mask for ever
@@ -100,7 +107,9 @@ class Batch:
         self._mend()
         if tokens.shape != (len(self.rows),) or not self.rows:
             raise UsageError(f"Tokens of shape {tokens.shape} for {len(self.rows)} rows.")
-        self._before = [list(c.cache) if isinstance(c, ArraysCache) else None for c in self._cache]
+        self._before = [
+            list(c.cache) if isinstance(c, ArraysCache) else c.size() for c in self._cache
+        ]
         self._under_way = True
         with mx.stream(generation_stream):
             logits = self.model(tokens[:, None], cache=self._cache)[:, -1]
@@ -167,13 +176,11 @@ class Batch:
         """Undo a step that was broken off."""
         if not self._under_way:
             return
-        for c, slots in zip(self._cache, self._before, strict=True):
-            if slots is not None:
-                c.cache = slots
-        held = [c for c in self._cache if not isinstance(c, ArraysCache)]
-        least = max(self._lengths)  # the longest row has no padding
-        for c in held:
-            c.trim(c.size() - least)
+        for c, before in zip(self._cache, self._before, strict=True):
+            if isinstance(c, ArraysCache):
+                c.cache = before
+            else:
+                c.trim(c.size() - before)
         self._under_way = False
 
 
@@ -184,9 +191,36 @@ def check_row(model: Any, s: CachedSequence):
     if s.obstacle:
         raise UsageError(f"No batch: {s.obstacle} cannot go back.")
     odd = {type(c).__name__ for c in s.cache if not hasattr(type(c), "merge")}
-    odd |= {type(c).__name__ for c in s.cache if getattr(c, "quantised", False)}
+    if not is_hydra(model):
+        odd |= {type(c).__name__ for c in s.cache if getattr(c, "quantised", False)}
     if odd:
         raise UsageError(
             f"No batch: keys and values in few bits ({', '.join(sorted(odd))}) have none.",
             "Leave --kv-bits out, or ask one by one.",
         )
+
+
+def check_forms(cache: Sequence):
+    """Raise UsageError where keys and values are not all kept in one form."""
+    held = (c for c in cache if not isinstance(c, ArraysCache))
+    forms = list(dict.fromkeys(map(kv_format, held)))
+    if len(forms) > 1:
+        words = ("full precision" if f is None else f"{in_words(*f[:2])} bits" for f in forms)
+        raise UsageError(f"No batch of keys and values in different forms: {', '.join(words)}.")
+
+
+def is_hydra(model: Any) -> bool:
+    """Whether a model's layers can read a HydraBatchCache."""
+    return isinstance(getattr(model, "args", None), HydraArgs)
+
+
+def _own(s: CachedSequence) -> list:
+    """A sequence's cache, with HydraKVCaches where its model can use them."""
+    return own_cache(list(s.cache)) if is_hydra(s.model) else s.cache
+
+
+def _merge(caches: Sequence) -> Any:
+    """One batch of the same entry of several sequences."""
+    first = caches[0]
+    kind = HydraBatchCache if isinstance(first, HydraKVCache) else type(first)
+    return kind.merge(caches)

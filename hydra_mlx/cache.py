@@ -63,7 +63,7 @@ def make_cache(args: HydraArgs) -> list:
 def tick(entry, B: int, T: int, D: int, dtype: mx.Dtype):
     """Count T tokens in the position entry of a model without FA heads."""
     zero = mx.zeros((B, 1, T, D), dtype)
-    entry.update_and_fetch(zero, zero)
+    (entry.append if hasattr(entry, "append") else entry.update_and_fetch)(zero, zero)
 
 
 def cache_bytes(cache: list) -> tuple:

@@ -78,6 +78,18 @@ def say(line: str):
     print(line, file=sys.stderr, flush=True)
 
 
+def once(note: Callable) -> Callable:
+    """The same without repeating a line."""
+    said: set = set()
+
+    def tell(line: str):
+        if line not in said:
+            said.add(line)
+            note(line)
+
+    return tell
+
+
 def parser(command: str, about: str, epilog: str | None = None) -> Parser:
     """The parser of one subcommand, --debug not included."""
     return Parser(f"{PROG} {command}", about, epilog)

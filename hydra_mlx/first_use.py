@@ -11,11 +11,13 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
 from . import ops
+from .batch_cache import HydraBatchCache
 from .cache import CONV, STATE
-from .kernels import fa_decode, fa_prefill, hydra_decode, la_decode, la_prefill
+from .kernels import fa_decode, fa_prefill, fa_shared, hydra_decode, la_decode, la_prefill
 from .kernels.dispatch import TRUST, Backend, relative_rms
 from .kernels.fa_decode import KeyValues
 from .kv_cache import HydraKVCache, kv_format
+from .shared_rows import SharedRows
 from .step import Step
 
 LIMITS = {mx.float32: 3e-3, mx.float16: 5e-3, mx.bfloat16: 2e-2}
@@ -198,3 +200,49 @@ def attention(q: mx.array, like: Any, kv_of_fa: tuple, many: bool, to: Backend) 
         return relative_rms([out], [ref.swapaxes(1, 2)])
 
     return TRUST.why_not((name, *first.template), check, LIMITS[q.dtype])
+
+
+def parted(q: mx.array, like: Any, kv_of_fa: tuple, shared: bool, to: Backend) -> str:
+    """Why fa_decode may not do steps of batches like this one, or "".
+
+    Args:
+        q: [B, T, Hf, D]. like: The cache, already updated. kv_of_fa: LayerHeads.kv_of_fa.
+        shared: Whether rows share keys and values.
+    """
+    small, T, D, heads = Small(), q.shape[1], q.shape[-1], max(kv_of_fa) + 1
+    dtype, f32 = KeyValues.of(like).dtype, mx.float32
+    q = small.normal(2, T, q.shape[2], D, dtype=q.dtype)
+    rows = [small.cache(like, heads, D, dtype) for _ in range(2)]
+    rows[1].trim(CACHED // 2)
+    if shared:
+        whole = small.cache(like, heads, D, dtype)
+        for one in rows:
+            one.shared = (SharedRows(whole.keys, whole.values, CACHED - 1),)
+            one.offset += CACHED - 1
+    kv = HydraBatchCache.merge(rows)
+    held = KeyValues.of(kv)
+    groups = [(n, [KeyValues.of_shared(p, held) for p in found]) for n, found in kv.shared_groups()]
+    s = 1.0 + mx.arange(2 * T, dtype=f32).reshape(2, T) / 8
+    call = (q, held, kv.padding, groups, kv_of_fa, D**-0.5, s)
+
+    def check() -> float:
+        out = fa_shared.run(*call, route=to.route, executor=to.run, cores=to.cores)
+        refs = []
+        for i, one in enumerate(rows):
+            full = [x[:, mx.array(kv_of_fa)] for x in _plain(KeyValues.of(_whole(one)))]
+            q32 = (q[i : i + 1].astype(f32) * s[i][:, None, None]).swapaxes(1, 2)
+            y = mx.fast.scaled_dot_product_attention(q32, *full, scale=D**-0.5, mask="causal")
+            refs.append(y.swapaxes(1, 2))
+        return relative_rms([out], [mx.concatenate(refs)])
+
+    key = (
+        "fa_shared",
+        *fa_decode.launch(q.astype(f32), held, kv_of_fa, 1.0).template,
+        ("shared", shared),
+    )
+    return TRUST.why_not(key, check, LIMITS[q.dtype])
+
+
+def _whole(kv: HydraKVCache) -> HydraKVCache:
+    """The same without sharing."""
+    return HydraKVCache.from_state(kv.state)

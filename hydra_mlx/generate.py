@@ -29,8 +29,8 @@ piped text come first, the prompt after them, a blank line between. Nothing is u
   as far back as there is a checkpoint, the rest is read anew, and the file has the new text then.
   A prompt that shares less than a tenth of the file's tokens is refused before any work and the
   file stays as it is, unless --prompt-cache-overwrite. To ask many questions about one text: make
-  the file with `hydra-mlx cache read`, then use it with --prompt-cache-ro. End the name in
-  .safetensors and mlx_lm can read it too.
+  the file with `hydra-mlx cache read`, then use it with --prompt-cache-ro; with --prompts many at
+  once. End the name in .safetensors and mlx_lm can read it too.
 
 --kv-bits 4 keeps keys and values in 4 bits instead of 16, --kv-bits 8,4 keys in 8 and values in 4.
   What it takes and what it costs in quality is in docs/cache.md. A prompt of 8,192 tokens or more
@@ -245,20 +245,24 @@ def work(args: argparse.Namespace) -> int:
     note: Callable = (lambda line: None) if args.quiet else cli.say
 
     from . import loading
+    from .prompt_cache import open_cache
 
     folder = loading.resolve_path(args.model)
     start = time.perf_counter()
     tokenizer = loading.load_tokenizer(folder)
     prompts.add_end_tokens(tokenizer, args.extra_eos_token)
     config = loading.read_config(folder)
-    requests = [prompts.plan(args, text, chat, tokenizer, config, note) for text in texts]
+    stored = open_cache(args, chat.active(tokenizer))
+    tell = cli.once(note)
+    requests = [prompts.plan(args, t, chat, tokenizer, config, tell, stored) for t in texts]
     draft = draft_flags.load_draft(args, tokenizer)
     model = loading.load_model(folder, args.dtype, check=args.check_weights)
     if args.adapter_path is not None:
         load_adapters(model, args.adapter_path)
     load_s = time.perf_counter() - start
     if many:
-        return prompt_list.reply(args, options, tokenizer, model, requests, note)
+        base = requests[0].make_sequence(model, points, lambda line: None)
+        return prompt_list.reply(args, options, tokenizer, base, requests, note)
     drafts, request = draft_flags.make(args, model, draft), requests[0]
     start = time.perf_counter()
     sequence = request.make_sequence(model, points, note, args.quantized_kv_start or 0)

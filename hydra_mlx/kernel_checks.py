@@ -18,6 +18,7 @@ from . import first_use, reference
 from .config import HydraArgs
 from .first_use import Small
 from .kernel_paths import DTYPES, layer_paths
+from .kernels import fa_decode, fa_shared
 from .kernels.dispatch import Backend, relative_rms
 from .kernels.hydra_decode import HydraLayer
 from .kernels.la_decode import LaLayer
@@ -170,9 +171,16 @@ def _layer_checks(args: HydraArgs, layer: int, dtype: mx.Dtype, to: Backend) -> 
         kv = like(bits, len(m.heads.kv))
         return first_use.attention(q, kv, m.heads.kv_of_fa, T > 8, to)
 
+    def batch(T: int, bits: int | None) -> str:
+        m = mixer()
+        q = mx.zeros((2, T, Hf, D), dtype)
+        return first_use.parted(q, like(bits, len(m.heads.kv)), m.heads.kv_of_fa, True, to)
+
     for name, bits in CACHES.items():
         if bits is not None and D % 32:
             continue
+        if 1 <= Hf <= fa_shared.HEADS and D in fa_decode.HEAD_DIMS:
+            yield _check(f"fa_decode, a batch, {name}, {about}", lambda b=bits: batch(1, b))
         group = None if bits is None else 32
         for path in layer_paths(args, layer, to.route, NAMES[dtype], bits, group):
             kernel = path.runs.split(" ")[0]

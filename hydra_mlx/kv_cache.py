@@ -3,7 +3,7 @@
 An mlx-lm cache class by interface; mlx-lm finds it by name once hydra_mlx is registered. Keys and
 values may have different numbers of bits, and are quantised as they come: no full-precision copy
 of the cache ever exists. Buffers grow by a quarter, or once to what reserve() announces, where
-mlx-lm's are copied whole every 256 tokens.
+mlx-lm's are copied whole every 256 tokens. Forks can hold what they have in common once.
 """
 
 import copy
@@ -20,10 +20,12 @@ from mlx_lm.models.cache import (
 
 from .kv_format import in_words as in_words
 from .kv_format import kv_format as kv_format
+from .shared_rows import SharedRows, arrays_of, joined, rows_of
 
 BITS, GROUP_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # what mx.quantize offers
 STEP = 256  # buffers are multiples of so many tokens
 GROWTH = 4  # without reserve(), a buffer that is full grows by its GROWTH-th part
+SHARED = 1024  # tokens that are worth sharing: fewer are copied when a fork writes
 
 
 class HydraKVCache:
@@ -34,8 +36,10 @@ class HydraKVCache:
     keys, values = cache.update_and_fetch(keys, values)  # [B, Hk, T, D] each
 
     Attributes:
-        keys, values: Buffers [B, Hk, S_alloc, D], or lists [words, scales, biases] of mx.quantize;
-            None while empty. offset: Tokens held; rows behind them mean nothing.
+        shared: SharedRows that come before its own rows, in order.
+        keys, values: Own buffers [B, Hk, S_alloc, D], or lists [words, scales, biases] of
+            mx.quantize; None while empty. The first `own` rows mean something.
+        offset: Tokens held, shared ones and own.
         k_bits, v_bits: Of a number; None for both: full precision. group_size: Numbers that share
             scale and bias.
 
@@ -52,8 +56,8 @@ class HydraKVCache:
             raise ValueError(f"Groups of {group_size}, expected one of {GROUP_SIZES}.")
         self.k_bits, self.v_bits, self.group_size = k_bits, v_bits, group_size
         self.keys = self.values = None
-        self.offset = 0
-        self._reserved = 0
+        self.offset = self._reserved = 0
+        self.shared: tuple = ()
 
     @property
     def quantised(self) -> bool:
@@ -72,40 +76,66 @@ class HydraKVCache:
         return self.k_bits
 
     @property
+    def own(self) -> int:
+        """Tokens in its own buffers."""
+        return self.offset - self._in_shared
+
+    @property
+    def _in_shared(self) -> int:
+        return sum(p.n for p in self.shared) if self.shared else 0
+
+    @property
     def allocated(self) -> int:
-        """Tokens the buffers have room for."""
-        return 0 if self.keys is None else _parts(self.keys)[0].shape[2]
+        """Tokens its own buffers have room for."""
+        return 0 if self.keys is None else arrays_of(self.keys)[0].shape[2]
 
     def reserve(self, tokens: int):
         """Make room for so many tokens in all, now or with the first update."""
         self._reserved = max(self._reserved, tokens)
+        tokens -= self._in_shared
         if self.keys is not None and tokens > self.allocated:
             self._grow(_rounded(tokens))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple:
-        """Append T tokens; all keys and values up to them, [B, Hk, S, D] or quantised likewise."""
-        before, now = self.offset, self.offset + keys.shape[2]
+        """Append T tokens; all keys and values up to them, [B, Hk, S, D] or quantised likewise.
+
+        Shared rows are copied for it; who can do without takes append and shared_groups.
+        """
+        own = self.append(keys, values)
+        return self.keys_and_values() if self.shared else own
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple:
+        """Append T tokens; keys and values of its own rows, as update_and_fetch."""
+        before = self.own
+        now = before + keys.shape[2]
         if self.keys is None:
-            rows = max(_rounded(now), _rounded(self._reserved))
+            rows = max(_rounded(now), _rounded(self._reserved - self._in_shared))
             self.keys = self._empty(keys, rows, self.k_bits)
             self.values = self._empty(values, rows, self.v_bits)
         elif now > self.allocated:
             more = self.allocated + self.allocated // GROWTH
             self._grow(_rounded(max(now, more)))
-        self.offset = now
+        self.offset += keys.shape[2]
         for whole, new, bits in (
             (self.keys, keys, self.k_bits),
             (self.values, values, self.v_bits),
         ):
             if bits is not None:
                 new = mx.quantize(new, group_size=self.group_size, bits=bits)
-            for x, y in zip(_parts(whole), _parts(new), strict=True):
+            for x, y in zip(arrays_of(whole), arrays_of(new), strict=True):
                 x[..., before:now, :] = y
-        return self.keys_and_values()
+        return rows_of(self.keys, now), rows_of(self.values, now)
 
     def keys_and_values(self) -> tuple:
-        """What is held, without the room behind it."""
-        return _rows(self.keys, self.offset), _rows(self.values, self.offset)
+        """What is held, without the room behind it; one copy of all where rows are shared."""
+        parts, n = [p.rows() for p in self.shared], self.own
+        if n or not parts:
+            parts.append((rows_of(self.keys, n), rows_of(self.values, n)))
+        return tuple(joined(x) for x in zip(*parts, strict=True))
+
+    def shared_groups(self) -> list:
+        """[(numbers of the rows, SharedRows in order)]; for one sequence, one or none."""
+        return [([0], self.shared)] if self.shared else []
 
     def _empty(self, like: mx.array, rows: int, bits: int | None) -> Any:
         B, H, _, D = like.shape
@@ -115,9 +145,11 @@ class HydraKVCache:
         return [words, *(mx.zeros((B, H, rows, D // self.group_size), like.dtype) for _ in "sb")]
 
     def _grow(self, rows: int):
+        n = self.own
+
         def grown(x):
             y = mx.zeros((*x.shape[:2], rows, x.shape[3]), x.dtype)
-            y[..., : self.offset, :] = x[..., : self.offset, :]
+            y[..., :n, :] = x[..., :n, :]
             return y
 
         self.keys, self.values = (
@@ -134,7 +166,7 @@ class HydraKVCache:
     @state.setter
     def state(self, value: Sequence):
         self.keys, self.values, self.offset, self.k_bits, self.v_bits, self.group_size = value
-        self._reserved = 0
+        self._reserved, self.shared = 0, ()
         self.keys, self.values = (
             list(x) if isinstance(x, Sequence) else x for x in (self.keys, self.values)
         )
@@ -154,14 +186,21 @@ class HydraKVCache:
         cache.keys, cache.values, cache.offset = stock.keys, stock.values, stock.offset
         return cache.fork()
 
-    def fork(self) -> "HydraKVCache":
+    def fork(self, share: bool = False) -> "HydraKVCache":
         """A second cache of the same tokens; memory is shared until one of them writes.
 
         An update writes into a buffer through its Python object, so each needs objects of its own;
         what they stand for MLX copies at the first write.
+
+        Args:
+            share: From SHARED tokens on, this cache and the new one hold them together for good,
+                and go on in buffers of their own. Attention then adds up in another order.
         """
+        if share and self.own >= SHARED and arrays_of(self.keys)[0].shape[0] == 1:
+            self.shared += (SharedRows(self.keys, self.values, self.own),)
+            self.keys = self.values = None
         other = HydraKVCache(self.k_bits, self.v_bits, self.group_size)
-        other.offset, other._reserved = self.offset, self._reserved
+        other.offset, other._reserved, other.shared = self.offset, self._reserved, self.shared
         if self.keys is not None:
             other.keys, other.values = (
                 copy.copy(x) if isinstance(x, mx.array) else [copy.copy(y) for y in x]
@@ -190,10 +229,11 @@ class HydraKVCache:
         k_bits, v_bits = bits if isinstance(bits, Sequence) else (bits, bits)
         other = HydraKVCache(k_bits, v_bits, group_size)
         other.offset, other._reserved = self.offset, self._reserved
-        if self.keys is not None:
+        keys, values = self.keys_and_values() if self.shared else (self.keys, self.values)
+        if keys is not None:
             other.keys, other.values = (
                 list(mx.quantize(x, group_size=group_size, bits=n))
-                for x, n in ((self.keys, k_bits), (self.values, v_bits))
+                for x, n in ((keys, k_bits), (values, v_bits))
             )
         return other
 
@@ -205,6 +245,12 @@ class HydraKVCache:
         """Take back the last n tokens, or all; the buffers stay. Returns how many."""
         n = min(self.offset, n)
         self.offset -= n
+        left, kept = self.offset, []
+        for p in self.shared:
+            if left > 0:
+                kept.append(p.first(min(p.n, left)))
+            left -= p.n
+        self.shared = tuple(kept)
         return n
 
     def size(self) -> int:
@@ -213,14 +259,13 @@ class HydraKVCache:
 
     def empty(self) -> bool:
         """Whether there are no buffers yet."""
-        return self.keys is None
+        return self.keys is None and not self.shared
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers, room for more tokens included."""
-        if self.keys is None:
-            return 0
-        return sum(x.nbytes for whole in (self.keys, self.values) for x in _parts(whole))
+        """Bytes of the buffers, room for more tokens and what is shared included."""
+        own = 0 if self.keys is None else SharedRows(self.keys, self.values, 0).nbytes
+        return own + sum(p.nbytes for p in self.shared)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """mlx-lm's mask for N new tokens."""
@@ -231,21 +276,11 @@ class HydraKVCache:
         """One mlx-lm batch of several sequences.
 
         Raises:
-            ValueError: mlx-lm has no batch for keys and values in few bits.
+            ValueError: mlx-lm has no batch for keys and values in few bits, or shared with forks.
         """
-        if any(c.quantised for c in caches):
-            raise ValueError("Keys and values in few bits do not support batching with history")
+        if any(c.quantised or c.shared for c in caches):
+            raise ValueError("Few bits or shared keys do not support batching with history")
         return BatchKVCache.merge(caches)
-
-
-def _parts(whole: Any) -> Sequence:
-    return whole if isinstance(whole, Sequence) else (whole,)
-
-
-def _rows(whole: Any, n: int) -> Any:
-    if isinstance(whole, Sequence):
-        return tuple(_rows(x, n) for x in whole)
-    return whole if n == whole.shape[2] else whole[..., :n, :]
 
 
 def _rounded(tokens: int) -> int:

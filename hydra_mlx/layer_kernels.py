@@ -11,9 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import first_use
+from . import first_use, ops
+from .batch_cache import HydraBatchCache
 from .cache import CONV, STATE
-from .kernels import dispatch, fa_decode, fa_prefill, hydra_decode, la_decode, la_prefill
+from .kernels import dispatch, fa_decode, fa_prefill, fa_shared, hydra_decode, la_decode, la_prefill
 from .kernels.dispatch import PLAIN_FROM, Backend
 from .kernels.fa_decode import KeyValues
 from .kernels.hydra_decode import HydraLayer
@@ -75,7 +76,7 @@ class LayerKernels:
             return None
         to, layer = step.backend, self.gather(mixer)
         lengths = None if arrays is None else arrays.lengths
-        single = kv is None or type(kv.offset) is int
+        single = kv is None or (type(kv.offset) is int and not getattr(kv, "shared", ()))
         held = hydra_decode.cached(kv) if single else None
         shape = None
         if held is not None:  # a verdict holds for a million keys more
@@ -152,6 +153,8 @@ class LayerKernels:
             [B, T, Hf, D] or None, and whether gate and norm are done already.
         """
         to, T, args = step.backend, q.shape[1], mixer.args
+        if isinstance(kv, HydraBatchCache) or getattr(kv, "shared", ()):
+            return self.parted(mixer, q, p, step, kv)
         if not isinstance(getattr(kv, "offset", None), int) or not hasattr(kv, "keys"):
             self.paths["FA"] = ("operations", f"a {type(kv).__name__}")
             return None, False
@@ -177,6 +180,32 @@ class LayerKernels:
         y = fa_decode.run(
             *call, None, p.gate_fa, args.fa_gate_position, args.fusion_norm,
             mixer.weight("fa_norm"), to.route, to.run, cores=to.cores,
+        )  # fmt: skip
+        return y, True
+
+    def parted(self, mixer: Any, q: mx.array, p: Projected, step: Step, kv: Any) -> tuple:
+        """attention() over a batch, or over keys and values shared with forks."""
+        to, T, args, heads = step.backend, q.shape[1], mixer.args, mixer.heads.kv_of_fa
+        held, parts = KeyValues.of(kv), kv.shared_groups()
+        groups = [(rows, [KeyValues.of_shared(x, held) for x in found]) for rows, found in parts]
+        if T > fa_decode.MAX_TOKENS:
+            verdict = False, f"{T} tokens over shared keys"
+        elif not (held.quantised or groups):
+            verdict = False, "a plain batch: MLX's own attention"
+        else:
+            verdict = fa_shared.eligible(q, held, groups, heads, p.gate_fa)
+        name, key = "decode FA", ("parted", T, q.dtype, bool(groups), _kind(held))
+        if not self._may(
+            name, key, verdict, lambda: first_use.parted(q, kv, heads, bool(groups), to)
+        ):
+            return None, False
+        s = None
+        if args.logit_scale_a is not None:
+            s = ops.log_length_scale(step.offset, T, args.logit_scale_a)
+        y = fa_shared.run(
+            q, held, getattr(kv, "padding", None), groups, heads, args.head_dim**-0.5, s,
+            p.gate_fa, args.fa_gate_position, args.fusion_norm, mixer.weight("fa_norm"),
+            to.route, to.run, to.cores,
         )  # fmt: skip
         return y, True
 

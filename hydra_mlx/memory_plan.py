@@ -14,8 +14,9 @@ from .errors import UsageError
 from .kv_cache import STEP, in_words
 from .machine import Machine
 from .model import LAYERS_AHEAD
-from .ops.attention import LEAST_KEYS, SCORES
+from .ops.attention import SCORES
 from .ops.delta import CHUNK, GROUP
+from .ops.partial import LEAST_KEYS
 from .text import count, size
 
 LONG = 8192  # tokens to read from which on the plan is printed
@@ -29,7 +30,8 @@ class MemoryPlan:
         args: The model's. tokens: The cache at its longest. step: Tokens of a prefill call.
         weights: Bytes of all parameters. k_bits, v_bits, group_size: As of HydraKVCache.
         itemsize: Of activations and of unquantised keys and values. checkpoints: Their budget.
-        kernels: Whether they run, on a GPU.
+        kernels: Whether they run, on a GPU. rows: Sequences, each with states of its own; `tokens`
+            are those of all.
     """
 
     args: HydraArgs
@@ -42,6 +44,7 @@ class MemoryPlan:
     itemsize: int = 2
     checkpoints: int = 0
     kernels: bool = False
+    rows: int = 1
 
     @property
     def token_bytes(self) -> float:
@@ -58,7 +61,7 @@ class MemoryPlan:
     @property
     def state(self) -> int:
         """Recurrent states and conv tails."""
-        return state_bytes(self.args, self.itemsize)
+        return self.rows * state_bytes(self.args, self.itemsize)
 
     @property
     def working(self) -> int:
@@ -83,9 +86,10 @@ class MemoryPlan:
         """One line."""
         kept = "" if self.k_bits is None else f" in {in_words(self.k_bits, self.v_bits)} bits"
         points = f", checkpoints {size(self.checkpoints)}" if self.checkpoints else ""
+        states = "states" if self.rows == 1 else f"states of {self.rows} rows"
         return (
             f"{size(self.total)}: weights {size(self.weights)}, keys and values{kept} of "
-            f"{count(self.tokens, 'token')} {size(self.kv)}, states {size(self.state)}{points}, "
+            f"{count(self.tokens, 'token')} {size(self.kv)}, {states} {size(self.state)}{points}, "
             f"a step of {self.step:,} tokens about {size(self.working)}"
         )
 
@@ -119,12 +123,18 @@ def working_bytes(args: HydraArgs, T: int, itemsize: int, kernels: bool) -> int:
 
 
 def plan_of(
-    model: Any, tokens: int, step: int, few: tuple | None = None, checkpoints: int = 0
+    model: Any,
+    tokens: int,
+    step: int,
+    few: tuple | None = None,
+    checkpoints: int = 0,
+    rows: int = 1,
 ) -> MemoryPlan:
     """The plan of a loaded HydraHead model.
 
     Args:
         few: kv_format of its cache, None for full precision. checkpoints: Bytes of their budget.
+        rows: As in MemoryPlan.
     """
     from mlx.utils import tree_flatten
 
@@ -142,6 +152,7 @@ def plan_of(
         itemsize=model.model.norm.weight.dtype.size,
         checkpoints=checkpoints,
         kernels=backend() is not None,
+        rows=rows,
     )
 
 

@@ -12,8 +12,7 @@ from .text import count, rate, read_file, read_prompt, size
 ROWS = 8  # replies at once, by default
 # Flags that belong to one reply: attribute, flag, what it is without.
 ALONE = (
-    ("prompt_cache", "--prompt-cache", None),
-    ("kv_bits", "--kv-bits", None),
+    ("quantized_kv_start", "--quantized-kv-start", None),
     ("prompt_lookup", "--prompt-lookup", False),
     ("draft_model", "--draft-model", None),
 )
@@ -26,7 +25,7 @@ def add_flags(parser: Any):
         "--prompts",
         metavar="FILE",
         help="reply to each line of FILE, files and piped text before it, as lines of JSON; what "
-        "all begin with is read once",
+        "all begin with is read and held once",
     )
     group.add_argument(
         "--batch-size",
@@ -49,6 +48,11 @@ def check(args: Any):
     for name, flag, absent in ALONE:
         if getattr(args, name) != absent:
             raise UsageError(f"{flag} is for one prompt; it cannot be used with --prompts.")
+    if args.prompt_cache is not None and not args.prompt_cache_ro:
+        raise UsageError(
+            "--prompts only reads a --prompt-cache: it cannot hold several replies.",
+            "Add --prompt-cache-ro.",
+        )
 
 
 def read(args: Any, given: list) -> list:
@@ -77,19 +81,23 @@ def reply(
     args: Any,
     options: sampling.SamplingOptions,
     tokenizer: Any,
-    model: Any,
+    base: Any,
     requests: list,
     note: Callable,
 ) -> int:
     """Generate and print; returns the exit code.
 
     Args:
-        requests: A prompts.Request for each.
+        base: The CachedSequence that the first request goes on from. requests: A prompts.Request
+            for each.
     """
     import mlx.core as mx
 
     from .replies import stream_replies
 
+    model, rows = base.model, min(args.batch_size or ROWS, len(requests))
+    if not args.no_memory_plan:
+        plan_memory(args, base, requests, rows, note)
     if sampling.vocab_size(model) is not None:
         options.check_vocab(sampling.vocab_size(model))
     sampler, processors = options.make(tokenizer)
@@ -104,7 +112,8 @@ def reply(
             [r.max_tokens for r in requests],
             sampler if options.temp else None,
             processors,
-            rows=args.batch_size or ROWS,
+            base=base,
+            rows=rows,
             prefill_step_size=args.prefill_step_size,
             stop=args.stop,
             should_stop=lambda: interrupt() or out.broken,
@@ -144,3 +153,31 @@ def reply(
     if out.broken:
         return cli.BROKEN_PIPE
     return cli.INTERRUPTED if broken else 0
+
+
+def plan_memory(args: Any, base: Any, requests: list, rows: int, note: Callable):
+    """Say what long prompts take in memory, so many at once.
+
+    Raises:
+        UsageError: They do not fit.
+    """
+    from .cache import cache_bytes
+    from .generation import is_hydra, prefill_step, reply_room
+    from .kv_cache import SHARED, kv_format
+    from .machine import machine
+    from .memory_plan import check, plan_of
+    from .rollback import common_prefix
+
+    if not is_hydra(base.model):
+        return
+    first = requests[0].ids
+    common = min(common_prefix(first, r.ids) for r in requests) if len(requests) > 1 else 0
+    common = max(common, len(base)) if len(base) >= SHARED else common
+    common = common if common >= SHARED else 0  # held once
+    longest = max(len(r.ids) + reply_room(len(r.ids), r.max_tokens) for r in requests)
+    few = next(filter(None, map(kv_format, base.cache)), None)
+    step = prefill_step(base, args.prefill_step_size)
+    # Rows of a batch are copied when others join or leave it.
+    plan = plan_of(base.model, common + 2 * rows * (longest - common), step, few, rows=2 * rows)
+    read = sum(len(r.ids) - common for r in requests) + common - requests[0].kept
+    check(plan, machine(), read, note, sum(cache_bytes(base.cache)))

@@ -293,21 +293,26 @@ class Request:
 
 
 def plan(
-    args: Any, prompt: str, chat: ChatOptions, tokenizer: Any, config: dict, note: Callable
+    args: Any,
+    prompt: str,
+    chat: ChatOptions,
+    tokenizer: Any,
+    config: dict,
+    note: Callable,
+    stored: Any = None,
 ) -> Request:
     """Render and encode a prompt, match it with the prompt cache, check lengths; no weights yet.
 
     Args:
         args: Parsed flags of generate. config: The model's config.json. note: Prints a line.
+        stored: What open_cache found.
 
     Raises:
         UsageError, CacheError: The prompt does not fit the file, or --max-context.
     """
     from .kv_cache import in_words, kv_format
-    from .prompt_cache import open_cache
 
     active = chat.active(tokenizer)
-    stored = open_cache(args, active)
     messages = None
     if active:
         history, open_turn = (stored.messages, stored.open_turn) if stored else ((), False)

@@ -1,8 +1,8 @@
 """Replies to several prompts at once.
 
 A prompt is read by its own sequence, so nothing is padded and every row's checkpoints are those of
-a single run; what prompts begin with alike is read once, and forked. Then the sequences decode in a
-batch: they finish and leave, and others join.
+a single run; what prompts begin with alike is read once, and held once: forks share it. Then the
+sequences decode in a batch: they finish and leave, and others join.
 """
 
 from collections import deque
@@ -187,7 +187,7 @@ class _Replies:
         new = []
         while waiting and len(new) < room and not self.should_stop():
             index, prompt = waiting.popleft()
-            sequence = self.base.fork()
+            sequence = self.base.fork(share=True)
             self.sequences[index] = sequence
             sequence.read(prompt[len(sequence) : -1], **how)
             known = mx.array(np.asarray(prompt[:-1], np.int32)) if self.processors else None

@@ -244,12 +244,15 @@ def reuse(
     return wanted
 
 
-def fork_cache(cache: list) -> list:
+def fork_cache(cache: list, share: bool = False) -> list:
     """A second cache of the same tokens; memory is shared until one of them writes.
 
     See HydraKVCache.fork; mlx-lm's own classes likewise.
+
+    Args:
+        share: Of HydraKVCache.fork.
     """
-    forks = [c.fork() if isinstance(c, HydraKVCache) else copy.copy(c) for c in cache]
+    forks = [c.fork(share) if isinstance(c, HydraKVCache) else copy.copy(c) for c in cache]
     for c in forks:
         if isinstance(c, ArraysCache):
             c.cache = list(c.cache)

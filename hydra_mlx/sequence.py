@@ -21,6 +21,7 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
 from . import rollback
+from .cache import own_cache
 from .checkpoints import MOST, Checkpoints
 from .config import HydraArgs
 from .errors import CacheError, UsageError
@@ -292,11 +293,18 @@ class CachedSequence:
         self.cache[:] = cache
         self.extended(tokens)
 
-    def fork(self) -> "CachedSequence":
-        """A second sequence of the same tokens; memory is shared until one of them writes."""
+    def fork(self, share: bool = False) -> "CachedSequence":
+        """A second sequence of the same tokens; memory is shared until one of them writes.
+
+        Args:
+            share: Where the model is a HydraHead, keep long keys and values shared for good: see
+                HydraKVCache.fork. What both then read is equal to a fresh run up to rounding.
+        """
         self.mend()
         other = copy.copy(self)
-        fork = copy.deepcopy if self.obstacle else rollback.fork_cache
+        if share and not self.obstacle and isinstance(getattr(self.model, "args", None), HydraArgs):
+            own_cache(self.cache)
+        fork = copy.deepcopy if self.obstacle else partial(rollback.fork_cache, share=share)
         other.cache = fork(self.cache)
         other.checkpoints, other._ids = self.checkpoints.fork(), list(self._ids)
         return other

@@ -121,7 +121,6 @@ def memory_of(
     state = state_bytes(model.args, itemsize)
     tails = state - state_bytes(model.args, 0)
     one = (state - tails) * (2 if points.dtype == "bfloat16" else 4) // 4 + tails
-    alone = plan.weights if few is None else 0  # few bits have no batch
     return Memory(
         free=free,
         step_bytes=plan.working,
@@ -131,5 +130,5 @@ def memory_of(
         points=points.grid.most + points.marks,
         every=points.grid.every,
         max_context=max_context,
-        alone=alone,
+        alone=plan.weights,
     )

@@ -12,6 +12,7 @@
 //            v_biases [B, Hk, S_alloc, D/GROUP] C (any array of 8 or more numbers when not quantised)
 //          work [items * (1 + R)] int32: key/value head, then R rows t * Hf + h or -1
 //          floats [2]: scale of the scores, a of the log-length scale (0: off)
+//          starts [B] int32: the first key that each sequence sees, those before are padding
 // scalars  T, Hf, Hk, S, S_alloc, items, splits, split_keys, offset (position of query token 0)
 // outputs  part [B, T, Hf, splits, DV] float;  stats [B, T, Hf, splits, 2] float: maximum of the
 //          base-2 scores, sum of 2^(score - maximum)
@@ -26,7 +27,8 @@ const int split = index / items % splits;
 const int b = index / items / splits;
 const device int* my_work = work + item * (1 + R);
 const long head = b * Hk + my_work[0];
-const int first = split * split_keys, end = metal::min(first + split_keys, S);
+const int begin = split * split_keys, end = metal::min(begin + split_keys, S);
+const int first = metal::max(begin, starts[b]);
 const int lane = static_cast<int>(thread_index_in_simdgroup);
 
 int row[R], limit[R];

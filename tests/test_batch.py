@@ -1,11 +1,15 @@
 """Batches: each row equals its single run, and stays a sequence of its own."""
 
 import json
+from functools import partial
 
 import hydra_mlx
+from hydra_mlx import kv_cache
 from hydra_mlx.batch import Batch
+from hydra_mlx.cache import quantise_cache
 from hydra_mlx.checkpoints import Checkpoints
 from hydra_mlx.errors import CacheError, UsageError
+from hydra_mlx.generation import make_sequence
 from hydra_mlx.replies import stream_replies
 from hydra_mlx.sampling import SamplingOptions
 from hydra_mlx.sequence import CachedSequence
@@ -19,11 +23,16 @@ from .sequences import BITS, VARIANTS, V, difference, model_of, new_cache, some
 from .tolerance import rel_rms
 
 ROUNDING = 1e-5  # of a batch against single runs, float32
-WHOLE = [name for name in VARIANTS if name not in BITS]
+
+
+def quantised(name: str, cache: list):
+    if name in BITS:
+        quantise_cache(cache, BITS[name], 32)
 
 
 def sequence(name: str, tokens: list = ()) -> CachedSequence:
-    s = CachedSequence(model_of(name), Checkpoints(every=8, most=8), new_cache(name))
+    points, kv = Checkpoints(every=8, most=8), partial(quantised, name)
+    s = CachedSequence(model_of(name), points, new_cache(name), kv=kv)
     s.read(tokens)
     return s
 
@@ -34,7 +43,7 @@ def fresh(name: str, tokens: list) -> list:
     return cache
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_rows_equal_single_runs(name):
     """Ragged rows, one of them empty, that join, leave, are rolled back and join again."""
     rng = np.random.RandomState(3)
@@ -49,7 +58,7 @@ def test_rows_equal_single_runs(name):
         logits = batch.step(mx.array([given[i] for i in order]))
         for at, i in enumerate(order):
             texts[i] = [*texts[i], given[i]]
-            single = model_of(name)(mx.array([texts[i]]))[0, -1]
+            single = model_of(name)(mx.array([texts[i]]), cache=new_cache(name))[0, -1]
             assert rel_rms(logits[at], single) < 10 * ROUNDING, (turn, i)
         if turn == 3:
             batch.put([rows[2]])
@@ -131,8 +140,12 @@ def test_what_cannot_be():
         batch.step(mx.array([1, 2]))
     with pytest.raises(UsageError, match="not in the batch"):
         batch.take([sequence("mixed")])
-    with pytest.raises(UsageError, match="few bits"):
-        Batch(model_of("8 bit")).put([sequence("8 bit", [1, 2])])
+    few = Batch(model_of("8 bit"))
+    few.put([sequence("8 bit", [1, 2])])
+    plain = CachedSequence(model_of("8 bit"))
+    plain.read([1])
+    with pytest.raises(UsageError, match="different forms: 8 bits, full precision"):
+        few.put([plain])
     batch.put([])
     batch.take([row])
     assert row.tokens == some(4) and row.read([1]) == 1
@@ -235,6 +248,13 @@ def test_closed_early(tiny):
         assert s.tokens == [*([5, 6], [7, 8, 9])[i], *said] and len(said) == 3
 
 
+def test_a_stock_model_has_no_batch_in_few_bits(tiny):
+    base = make_sequence(planted_model(), kv_bits=8, kv_group_size=32)
+    base.read([1, 2, 3])
+    with pytest.raises(UsageError, match="few bits"):
+        stream_replies(base.model, tiny[1], [[5, 9]], 8, base=base)
+
+
 def test_a_stock_model(tiny):
     llama = planted_model()
     prompts = [[5, 9, 31, 3, 4, 7, 5], [2, 3], [8, 9, 31, 8]]
@@ -281,13 +301,61 @@ def test_prompts_of_a_file(program, tmp_path):
     assert program("generate", *flags, *hot)[1] == program("generate", *flags, *hot)[1] != out
 
 
+def test_prompts_about_a_document(program, tiny_model_dir, tmp_path, monkeypatch):
+    """A document read once, many questions: each as if asked alone, in full precision and in few
+    bits; nothing of the document is read again, and the file is as it was."""
+    monkeypatch.setattr(kv_cache, "SHARED", 64)
+    text = "".join(map(chr, np.random.RandomState(2).randint(65, 90, 300)))
+    (tmp_path / "book.txt").write_text(text)
+    (tmp_path / "lines").write_text("What?\nWho is it?\nWhy then\n")
+    for bits in ((), ("--kv-bits", "8,4", "--kv-group-size", 32)):
+        file = tmp_path / f"book{len(bits)}.safetensors"
+        read_it = ("cache", "read", tmp_path / "book.txt", "--model", tiny_model_dir, "--out", file)
+        code, _, err = program(*read_it, *bits)
+        assert code == 0, err
+        before = file.read_bytes()
+        cache = ("--prompt-cache", file, "--prompt-cache-ro", "-m", 9)
+        alone = [
+            program("generate", text + "\n\n" + q, *cache, "--quiet")[1][:-1]
+            for q in ("What?", "Who is it?", "Why then")
+        ]
+        read, call = [], CachedSequence._call
+        monkeypatch.setattr(
+            CachedSequence,
+            "_call",
+            lambda self, ids, r=read, c=call: r.append(len(ids)) or c(self, ids),
+        )
+        args = ("generate", f"@{tmp_path / 'book.txt'}", "--prompts", tmp_path / "lines", *cache)
+        code, out, err = program(*args, "--stats", "json")
+        monkeypatch.setattr(CachedSequence, "_call", call)
+        assert code == 0, err
+        assert [json.loads(line)["text"] for line in out.splitlines()] == alone
+        assert sum(read) < 60 and file.read_bytes() == before
+        code, out, _ = program(*args[:4], *bits, "-m", 9)  # the document read by this run
+        assert [json.loads(line)["text"] for line in out.splitlines()] == alone
+
+
+def test_prompts_that_do_not_fit_are_refused(program, tmp_path, monkeypatch):
+    from hydra_mlx import machine
+
+    (tmp_path / "lines").write_text("a\nb\n")
+    small = machine.Machine(1, "is free on this machine")
+    monkeypatch.setattr(machine, "machine", lambda: small)
+    code, out, err = program("generate", "--prompts", tmp_path / "lines")
+    assert code == 2 and not out and "states of 4 rows" in err and "1 B is free" in err
+    code, out, _ = program("generate", "--prompts", tmp_path / "lines", "--no-memory-plan", "-m", 1)
+    assert code == 0 and len(out.splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
         (("Hello",), "'Hello' is given, and --prompts"),
-        (("--kv-bits", 4, "--kv-group-size", 32), "--kv-bits is for one prompt"),
+        (("--kv-bits", 4, "--quantized-kv-start", 9), "--quantized-kv-start is for one prompt"),
+        (("--kv-bits", 4, "--kv-group-size", 128), "kv-group-size 32"),
         (("--prompt-lookup",), "--prompt-lookup is for one prompt"),
-        (("--prompt-cache", "x"), "--prompt-cache is for one prompt"),
+        (("--prompt-cache", "x"), "Add --prompt-cache-ro"),
+        (("--prompt-cache", "x", "--prompt-cache-ro"), "x does not exist"),
         (("--batch-size", 0), "whole number of 1 or more"),
     ],
 )
@@ -302,7 +370,7 @@ def test_flags_that_do_not_go_with_prompts(program, tmp_path, flags, words):
     assert code == 2 and "without --prompts" in err
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in BITS])
 def test_mlx_lms_batches(name):
     """Ragged prompts through its BatchGenerator give the tokens of single runs."""
     from mlx_lm.generate import BatchGenerator

@@ -46,6 +46,7 @@ class Case:
     weighted: bool = True
     logits: float = 1.0
     splits: tuple | None = None
+    starts: tuple | None = None  # first keys of a batch's rows; those before are garbage
     cores: int = 2
     options: tuple = ()
     check: bool = False
@@ -72,6 +73,8 @@ def make_cache(rng, case, Hk, dtype):
     widths = (case.bits, case.v_bits or case.bits)
     for D, bits in zip((case.Dk, case.Dv), widths, strict=True):
         x = random(rng, (case.B, Hk, case.S, D), dtype)
+        for b, n in enumerate(case.starts or ()):
+            x[b, :, :n] = 1e4
         if case.bits is None:
             buffers.append(poisoned(x, case.extra))
             exact.append(to_numpy(x))
@@ -93,7 +96,13 @@ def exact_attention(q, k, v, case, scale, offset):
     if case.a is not None:
         q = q * reference.log_length_scale(t, case.a)[:, None, None]
     k, v = (x.swapaxes(1, 2) for x in (k, v))
-    return q, reference.causal_attention(q, k, v, case.kv_map, case.S - case.T)
+    rows = [
+        reference.causal_attention(
+            q[b : b + 1], k[b : b + 1, n:], v[b : b + 1, n:], case.kv_map, case.S - case.T - n
+        )
+        for b, n in enumerate(case.starts or [0] * case.B)
+    ]
+    return q, np.concatenate(rows)
 
 
 def exact_fusion(o, gate, case, weight):
@@ -131,7 +140,7 @@ def run_case(case, seed=0):
     y, lse = fa_decode.run(
         q, kv, case.kv_map, scale, case.a, None, gate, case.position, case.norm, weight,
         executor=executor, return_lse=True, cores=case.cores, splits=case.splits,
-        **dict(case.options),
+        starts=case.starts, **dict(case.options),
     )  # fmt: skip
     scaled, o = exact_attention(q, k, v, case, scale, case.S - case.T)
     w = None if weight is None else to_numpy(weight)
@@ -139,7 +148,8 @@ def run_case(case, seed=0):
     assert_close(y, exact_fusion(o, gate, case, w), REL_RMS[case.dtype], str(case))
     z = np.einsum("bthd,bhsd->bths", scaled, k[:, list(case.kv_map)]) / math.sqrt(case.Dk)
     late = np.arange(case.S) > case.S - case.T + np.arange(case.T)[:, None]
-    z = np.where(late[None, :, None], -np.inf, z)
+    early = np.arange(case.S) < np.array(case.starts or [0] * case.B)[:, None]
+    z = np.where(late[None, :, None] | early[:, None, None], -np.inf, z)
     exact_lse = np.logaddexp.reduce(z, axis=-1)
     assert np.abs(to_numpy(lse) - exact_lse).max() <= 1e-5 * max(1.0, np.abs(exact_lse).max())
     return launches
@@ -166,6 +176,8 @@ SHAPES = [
     Case(S=65, options=(("max_rows", 2), ("unroll", 1))),
     Case(S=500, T=2, options=(("simdgroups", 2), ("unroll", 2))),
     Case(S=5, T=5, options=(("per_core", 8),)),
+    Case(S=65, B=3, starts=(0, 33, 64)),
+    Case(S=70, T=3, B=2, kv_map=(0, 0), starts=(67, 5), splits=(3, 32)),  # splits that see nothing
 ]
 
 
@@ -181,6 +193,7 @@ QUANTISED = [
     Case(S=33, T=2, kv_map=(0, 1, 1), Dk=64, Dv=64),
     Case(S=31, T=8, kv_map=(2, 0), Hk=3, Dk=64, Dv=128, B=2),
     Case(S=65, T=2, kv_map=(0, 0), Dk=128, Dv=64),
+    Case(S=65, B=2, kv_map=(0, 1), starts=(37, 0)),
 ]
 
 
@@ -273,6 +286,7 @@ CHECKED = [
     Case(S=31, splits=(2, 32), dtype="float32", norm="rms_no_weight"),
     Case(S=65, T=2, kv_map=(0, 0), Dk=128, Dv=64, bits=8, v_bits=4, dtype="bfloat16", cores=1),
     Case(S=133, T=2, bits=4, dtype="float32", options=(("simdgroups", 1),)),
+    Case(S=65, B=2, kv_map=(0, 1), bits=4, starts=(64, 3), dtype="bfloat16", cores=1),
 ]
 
 

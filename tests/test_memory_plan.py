@@ -12,7 +12,7 @@ from hydra_mlx.errors import UsageError
 from hydra_mlx.kv_cache import kv_format
 from hydra_mlx.machine import Machine, machine
 from hydra_mlx.memory_plan import MemoryPlan, alternatives, at_ratio, check, plan_of
-from hydra_mlx.ops import attention
+from hydra_mlx.ops import attention, partial
 from hydra_mlx.predict import geometry, weight_bytes
 
 import mlx.core as mx
@@ -58,7 +58,7 @@ def test_plan_is_what_a_prompt_takes(few, heads):
 def test_prompt_memory_does_not_grow_with_the_prompt(monkeypatch):
     """Beyond the cache, 1024 and 4096 tokens have the same peak; benchmarks/prefill_memory.py."""
     monkeypatch.setattr(attention, "SCORES", 2**16)
-    monkeypatch.setattr(attention, "LEAST_KEYS", 64)
+    monkeypatch.setattr(partial, "LEAST_KEYS", 64)
     for few in (None, (4, 4)):
         beyond = []
         for n in (1024, 4096):

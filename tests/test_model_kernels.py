@@ -3,13 +3,15 @@
 from collections import Counter
 
 import hydra_mlx  # noqa: F401  (before mlx: it chooses the BLAS library)
-from hydra_mlx import first_use
-from hydra_mlx.cache import quantise_cache
+from hydra_mlx import first_use, kv_cache
+from hydra_mlx.batch import Batch
+from hydra_mlx.cache import own_cache, quantise_cache
 from hydra_mlx.config import HydraArgs
 from hydra_mlx.kernels import dispatch
 from hydra_mlx.kernels.dispatch import Backend, Trust
 from hydra_mlx.model import Model
 from hydra_mlx.rollback import fork_cache
+from hydra_mlx.sequence import CachedSequence
 from hydra_mlx.trial import Trial
 
 import mlx.core as mx
@@ -228,6 +230,109 @@ def test_batch_with_padding_takes_operations(host):
         ref = model(tokens[:1, 2:], cache=model.make_cache())
     assert_close(out[:1, 2:], ref, 1e-4, "padded row")
     assert "operations" in model.layers[0].self_attn.kernels.paths["decode"]
+
+
+def batch_steps(model, bits, share: bool, backend) -> list:
+    """Logits of three steps of a batch of three rows: forks of one document, two of which share.
+
+    What they read before is read by operations: a rounding to few bits may fall either way.
+    """
+
+    def kv(cache):
+        if bits is not None:
+            quantise_cache(cache, bits, 32)
+
+    base = CachedSequence(model, kv=kv)
+    kv(base.cache)
+    with dispatch.substitute(None):
+        base.read(tokens_of(40)[0].tolist())
+        rows = [base.fork(share), base.fork(share), base.fork()]
+        for n, row in zip((3, 12, 1), rows, strict=True):
+            row.read(tokens_of(n)[0].tolist())
+        rows[2].back_to(0)
+        rows[2].read(tokens_of(17)[0].tolist())
+    batch = Batch(model)
+    batch.put(rows)
+    with dispatch.substitute(backend):
+        out = [batch.step(mx.array([1, 2, 3 + i])) for i in range(3)]
+        mx.eval(out)
+    batch.take(rows)
+    assert rows[0].tokens[-3:] == [1, 1, 1]
+    return out
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["apart", "shared"])
+@pytest.mark.parametrize("bits", [None, 8, 4, (8, 4)], ids=["plain", "8bit", "4bit", "8,4bit"])
+def test_batches_equal_operations(host, monkeypatch, bits, share):
+    monkeypatch.setattr(kv_cache, "SHARED", 8)
+    model = make_model()
+    ref = batch_steps(model, bits, share, None)
+    out = batch_steps(model, bits, share, host.backend)
+    assert not dispatch.TRUST.failed
+    for i, (x, y) in enumerate(zip(out, ref, strict=True)):
+        assert_close(x, y, 1e-4, f"step {i}")
+    way, why = model.layers[0].self_attn.kernels.paths["decode FA"]
+    if bits is None and not share:
+        assert (way, why) == ("operations", "a plain batch: MLX's own attention")
+        return
+    assert way == "kernels"
+    # Two layers have FA heads: a launch for own rows, one for what is shared, one joins them.
+    host.launches.clear()
+    batch_steps(model, bits, share, host.backend)
+    assert host.launches["fa_decode"] == 6 * (1 + share) and host.launches["fa_combine"] == 6
+
+
+def test_many_rows_share_in_several_calls(host, monkeypatch):
+    """More rows than fit into one launch (32 heads)."""
+    monkeypatch.setattr(kv_cache, "SHARED", 8)
+    model = make_model()
+
+    def logits():
+        base = CachedSequence(model)
+        base.read(tokens_of(20)[0].tolist())
+        rows = [base.fork(share=True) for _ in range(11)]  # of 4 heads: 8 and 3
+        batch = Batch(model)
+        batch.put(rows)
+        return batch.step(mx.arange(11))
+
+    with dispatch.substitute(None):
+        ref = logits()
+    assert_close(logits(), ref, 1e-4)
+    assert model.layers[2].self_attn.kernels.paths["decode FA"][0] == "kernels"
+
+
+@pytest.mark.parametrize("bits", [None, (8, 4)], ids=["plain", "8,4bit"])
+def test_several_tokens_over_shared_keys(host, monkeypatch, bits):
+    """Drafts and short questions of a fork: kernels up to 8 tokens, operations beyond."""
+    monkeypatch.setattr(kv_cache, "SHARED", 8)
+    model = make_model()
+
+    def logits(T):
+        cache = own_cache(model.make_cache())
+        if bits is not None:
+            quantise_cache(cache, bits, 32)
+        model(tokens_of(30), cache=cache)
+        return model(tokens_of(T), cache=fork_cache(cache, share=True))
+
+    for T, way in ((1, "kernels"), (5, "kernels"), (9, "operations")):
+        with dispatch.substitute(None):
+            ref = logits(T)
+        assert_close(logits(T), ref, 1e-4, f"{T} tokens")
+        assert model.layers[0].self_attn.kernels.paths["decode FA"][0] == way
+
+
+def test_a_wrong_batch_kernel_is_dropped(host, monkeypatch, capsys):
+    """Its first use finds out; the reply is that of the operations."""
+    monkeypatch.setattr(kv_cache, "SHARED", 8)
+    model = make_model()
+
+    def wrong(launch):
+        out = host.run(launch)
+        return [out[0] * 1.1, *out[1:]] if launch.kernel.name == "fa_combine" else out
+
+    out = batch_steps(model, 8, True, Backend("metal", wrong, 4))
+    assert_close(out[-1], batch_steps(model, 8, True, None)[-1], 1e-4)
+    assert "fa_shared" in capsys.readouterr().err
 
 
 def test_path_is_of_the_last_step(host):

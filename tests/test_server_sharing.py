@@ -8,7 +8,7 @@ import hydra_mlx  # noqa: F401  (before mlx)
 from hydra_mlx.checkpoints import Checkpoints
 from hydra_mlx.generation import make_sequence, stream_generate
 from hydra_mlx.server_pool import Pool
-from hydra_mlx.server_rows import fits
+from hydra_mlx.server_rows import Together, fits
 
 import mlx.core as mx
 import numpy as np
@@ -154,6 +154,22 @@ def test_a_reply_under_way_is_shared(tiny_model_dir, tiny, flags):
         chunks = [json.loads(x[6:]) for x in rest.split("\n\n") if x.startswith("data: {")]
         assert expected.endswith("".join(c["choices"][0]["text"] for c in chunks))
         assert sum(bool(c["choices"][0]["text"]) for c in chunks) >= 100
+
+
+def test_few_bits_share_batches(tiny_model_dir, tiny, monkeypatch):
+    """Replies over keys and values in few bits decode together too."""
+    most = []
+    step = Together.step
+    monkeypatch.setattr(
+        Together, "step", lambda self, heard: most.append(len(self.jobs)) or step(self, heard)
+    )
+    few = {"kv_bits": (8, 4), "kv_group_size": 32}
+    with serving(tiny_model_dir, "--kv-bits", "8,4", "--kv-group-size", "32", model=tiny) as s:
+        prompts = [text(n, n) for n in (5, 40, 300, 411)]
+        expected = [single(s, p, 60, **few) for p in prompts]
+        calls = [lambda p=p: s.complete(p, max_tokens=60)["choices"][0]["text"] for p in prompts]
+        assert together(calls) == expected
+    assert max(most) >= 3
 
 
 def test_many_at_once_equal_single_runs(served):

@@ -5,7 +5,7 @@ splits over the whole GPU; the second joins the splits and applies gate and fusi
 values are read where the cache keeps them, plain or MLX affine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..kv_format import kv_format
+from ..shared_rows import SharedRows
 from .cost import Cost
 from .loader import Kernel, Launch, execute, few, table
 
@@ -43,7 +44,7 @@ KERNEL = Kernel(
     "fa_decode",
     (
         "q", "keys", "k_scales", "k_biases", "values", "v_scales", "v_biases", "work", "floats",
-        "T", "Hf", "Hk", "S", "S_alloc", "items", "splits", "split_keys", "offset",
+        "starts", "T", "Hf", "Hk", "S", "S_alloc", "items", "splits", "split_keys", "offset",
     ),
     ("part", "stats"),
     scalars=("T", "Hf", "Hk", "S", "S_alloc", "items", "splits", "split_keys", "offset"),
@@ -77,9 +78,15 @@ class KeyValues:
 
     @classmethod
     def of(cls, cache: Any) -> "KeyValues":
-        """From a cache of kv_cache.py or mlx-lm that has been updated with the new tokens."""
+        """Own rows of a cache of kv_cache.py or mlx-lm, updated with the new tokens."""
         found = kv_format(cache) or (None, None, None)
-        return cls(cache.keys, cache.values, int(cache.offset), *found)
+        S = cache.own if hasattr(cache, "own") else cache.offset
+        return cls(cache.keys, cache.values, int(S), *found)
+
+    @classmethod
+    def of_shared(cls, rows: SharedRows, like: "KeyValues") -> "KeyValues":
+        """Shared rows of a cache whose own are `like`."""
+        return cls(rows.keys, rows.values, rows.n, like.k_bits, like.v_bits, like.group_size)
 
     @property
     def quantised(self) -> bool:
@@ -240,6 +247,12 @@ def score_floats(scale: float, a: float) -> mx.array:
     return few([scale, a], mx.float32)
 
 
+@lru_cache(maxsize=16)
+def first_keys(starts: tuple) -> mx.array:
+    """The kernel's array, made once."""
+    return table(list(starts))
+
+
 def tile(kv: KeyValues, R: int) -> tuple:
     """L and U of fa_decode.h for this cache and R query rows."""
     Dk, Dv = kv.dims
@@ -272,6 +285,7 @@ def launch(
     scale: float,
     a: float | None = None,
     offset: int | None = None,
+    starts: Sequence | None = None,
     cores: int = CORES["cuda"],
     splits: tuple | None = None,
     simdgroups: int = SIMDGROUPS,
@@ -286,6 +300,7 @@ def launch(
         q: [B, T, Hf, Dk], after its norm. kv: The cache. kv_of_fa: As in eligible.
         scale: Of the scores, 1/sqrt(D). a: Of the log-length scale, None for off.
         offset: Position of query token 0; None for S - T.
+        starts: For each of B sequences, keys before which are padding; None: none.
         cores: Of the GPU. splits: (number, keys of one) instead of split_plan's.
         simdgroups, unroll, lanes, max_rows, per_core: Instead of the tables', for sweeps.
 
@@ -303,6 +318,7 @@ def launch(
         KERNEL,
         (
             q, *kv.buffers(q), work, score_floats(float(scale), float(a or 0.0)),
+            first_keys(tuple(starts or (0,) * B)),
             T, Hf, kv.heads, kv.S, kv.allocated, len(items), n, keys, offset,
         ),
         (
@@ -405,7 +421,8 @@ def cost(first: Launch, second: Launch | None = None) -> Cost:
     """Work of the two passes, from their launches (logical bytes, as the host runtime counts).
 
     A lane group loads each key and value once; L lanes load a key's scale and bias each. Queries
-    are loaded by every lane group, the table of work by every lane.
+    are loaded by every lane group, the table of work and the first key by every lane. Without
+    padding.
     """
     t = dict(first.template)
     q = first.inputs[0]
@@ -415,7 +432,7 @@ def cost(first: Launch, second: Launch | None = None) -> Cost:
     lanes = 32 * SG
     read_keys, row = scanned_keys(t, S, splits, keys), scanned_bytes(t, Dk, Dv)
     groups = B * splits
-    read = groups * items * lanes * (1 + R) * 4 + groups * T * Hf * SG * 32 // L * Dk * q.itemsize
+    read = groups * items * lanes * (2 + R) * 4 + groups * T * Hf * SG * 32 // L * Dk * q.itemsize
     read += B * items * read_keys * row
     written = groups * T * Hf * 4 * (Dv + 2)
     flops = 2 * B * items * R * read_keys * (Dk + Dv)

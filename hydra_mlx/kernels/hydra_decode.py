@@ -143,6 +143,8 @@ def eligible(
         return True, "no cache"
     if not isinstance(cache.offset, int) or not hasattr(cache, "keys"):
         return False, f"a {type(cache).__name__}"
+    if getattr(cache, "shared", ()):
+        return False, "keys and values shared with forks"
     kv = cached(cache)
     if kv is None:
         return True, "empty cache"

@@ -7,14 +7,13 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from ..kv_format import kv_format
+from .partial import scan, shared_part
 
 # Most scores, and most dequantised numbers, that exist at a time where MLX has no fused attention:
 # 2 MiB of float32, on a GPU 64, whose launches have to be worth it. A few arrays of this size are
 # all that attention adds to a step's memory.
 SCORES, GPU_SCORES = 2**19, 2**24
-LEAST_KEYS = 256  # of a block: with fewer, rescaling what was summed so far costs as much
 FUSED_DIMS = (64, 80, 128)  # head dims of MLX's fused attention on a GPU
-MASKED = -3.0e38  # a score no query sees; finite, so that no difference of two is NaN
 
 
 def log_length_scale(offset: Any, T: int, a: float) -> mx.array:
@@ -93,58 +92,15 @@ def holds_no_scores(q: mx.array) -> bool:
 def streamed_attention(
     q: mx.array, k: Any, v: Any, scale: float, mask: Any = None, few: tuple | None = None
 ) -> mx.array:
-    """Softmax attention that takes the keys in blocks, so that its memory does not grow with them.
-
-    for each block: s = q k^T;  m' = max(m, s);  p = e^(s - m')
-                    l = l e^(m - m') + sum p;  o = o e^(m - m') + p v
+    """Softmax attention whose memory does not grow with the keys.
 
     Args:
-        q: [B, Hq, T, D]. k, v: [B, Hk, S, D], Hk divides Hq, or MLX's quantised triples.
-        scale: Multiplies the scores. mask: None, "causal", or a bool or additive array that
-            broadcasts to [B, 1, T, S].
-        few: (bits of keys, bits of values, group size) of triples.
+        q, k, v, scale, mask, few: As scan.
 
     Returns:
         [B, Hq, T, D] in the dtype of q. Arithmetic besides the products is in float32.
     """
-    B, Hq, T, D = q.shape
-    Hk, S = (k[1] if few else k).shape[1:3]
-    most = most_scores()
-    block = min(most // (B * Hq * T), most // (2 * B * Hk * D)) // 64 * 64
-    block = max(block, LEAST_KEYS)
-    q = (q * scale).astype(q.dtype).reshape(B, Hk, Hq // Hk * T, D)
-    at = mx.arange(S - T, S)[:, None]
-
-    def part(x, bits, a, b, after):
-        x = tree_map(lambda y: y[:, :, a:b], x)
-        if after:  # MLX would begin several blocks at once, and sum up their p at the end
-            x = mx.depends(list(x) if few else [x], after)
-            x = x if few else x[0]
-        return mx.dequantize(*x, few[2], bits).astype(q.dtype) if few else x
-
-    k_bits, v_bits = few[:2] if few else (None, None)
-    m = total = o = None
-    for a in range(0, S, block):
-        b = min(a + block, S)
-        s = q @ part(k, k_bits, a, b, [o, total] if a else []).swapaxes(-1, -2)
-        s = s.astype(mx.float32).reshape(B, Hk, -1, T, b - a)
-        if isinstance(mask, mx.array):
-            seen = mask[..., a:b]
-            seen = seen[:, :, None] if seen.ndim == 4 else seen
-            s = mx.where(seen, s, MASKED) if seen.dtype == mx.bool_ else s + seen
-        elif mask == "causal" and b > S - T + 1:
-            s = mx.where(mx.arange(a, b) <= at, s, MASKED)
-        s = s.reshape(B, Hk, -1, b - a)
-        top = s.max(axis=-1, keepdims=True)
-        top = top if m is None else mx.maximum(m, top)
-        p = mx.exp(s - top)
-        y = (p.astype(q.dtype) @ part(v, v_bits, a, b, [s])).astype(mx.float32)
-        p = p.sum(axis=-1, keepdims=True)
-        if o is not None:
-            shrink = mx.exp(m - top)
-            p, y = total * shrink + p, o * shrink + y
-        m, total, o = top, p, y
-    return (o / total).astype(q.dtype).reshape(B, Hq, T, -1)
+    return scan(q, k, v, scale, mask, few, most_scores()).result.astype(q.dtype)
 
 
 def ragged_attention(
@@ -163,7 +119,8 @@ def ragged_attention(
         q: [B, Hf, T, D]. k, v: [B, Hk, S, D], or MLX's quantised triples.
         runs: LayerHeads.runs, (q_start, n_q, kv_start, n_kv); one attention call each.
         scale: Multiplies the scores. mask: None, "causal", or a bool or additive array.
-        cache: The cache that k and v came from; tells how they are quantised.
+        cache: The cache that k and v came from; tells how they are quantised, and what is seen
+            besides them (HydraKVCache.shared_groups).
         block: For training: most queries whose scores exist at a time; causal, without a cache.
 
     Returns:
@@ -182,17 +139,26 @@ def ragged_attention(
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
     few, S = kv_format(cache), (k if isinstance(k, mx.array) else k[1]).shape[2]
     fits = q.shape[0] * q.shape[1] * q.shape[2] * S <= most_scores()
+    groups = cache.shared_groups() if hasattr(cache, "shared_groups") else []
 
-    def attend(q, k, v):
+    def attend(q, k, v, shared):
+        if shared:
+            part = scan(q, k, v, scale, mask, few, most_scores())
+            part = part.join(shared_part(q, shared, scale, few, most_scores()))
+            return part.result.astype(q.dtype)
         if few or not (fits or block or holds_no_scores(q)):
             return streamed_attention(q, k, v, scale, mask, few)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
+    def of_run(x, start, n):
+        return tree_map(lambda y: heads(y, start, n), x)
+
     parts = [
         attend(
             heads(q, q_start, n_q),
-            tree_map(lambda x, s=kv_start, n=n_kv: heads(x, s, n), k),
-            tree_map(lambda x, s=kv_start, n=n_kv: heads(x, s, n), v),
+            of_run(k, kv_start, n_kv),
+            of_run(v, kv_start, n_kv),
+            [(rows, [of_run(p.rows(), kv_start, n_kv) for p in held]) for rows, held in groups],
         )
         for q_start, n_q, kv_start, n_kv in runs
     ]

@@ -50,7 +50,8 @@ def compile_all(jobs: list[list[str]], workers: int, gpus: list[str]) -> list[in
 
     def run(numbered: tuple[int, list[str]]) -> int:
         at, job = numbered
-        few = {"TORCHINDUCTOR_COMPILE_THREADS": "3"}  # of as many as there are cores
+        # Of as many as there are cores, each.
+        few = {"TORCHINDUCTOR_COMPILE_THREADS": "3", "OMP_NUM_THREADS": "2"}
         env = os.environ | few | ({"CUDA_VISIBLE_DEVICES": gpus[at % len(gpus)]} if gpus else {})
         command = [sys.executable, "-m", "tools.transfer_torch.warm", *job]
         return subprocess.run(command, env=env).returncode
