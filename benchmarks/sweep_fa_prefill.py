@@ -18,7 +18,7 @@ import mlx.core as mx
 from timing import median_ms
 
 T, D = 2048, 128
-SIMDGROUPS = (8, 4, 2, 16)  # 8 query rows each
+SIMDGROUPS = (8, 4, 2)  # 8 query rows each
 
 
 def cache(heads: int, S: int) -> KeyValues:
