@@ -64,13 +64,14 @@ def read(args: Any, given: list) -> list:
     Raises:
         UsageError: No lines, a prompt beside them, or something unreadable.
     """
-    text = [x for x in given if x != "-" and (not x.startswith("@") or x.startswith("@@"))]
-    if text:
+    spoken = [x for x in given if x != "-" and (not x.startswith("@") or x.startswith("@@"))]
+    if spoken:
         raise UsageError(
-            f"The prompt {text[0][:30]!r} is given, and --prompts.",
+            f"The prompt {spoken[0][:30]!r} is given, and --prompts.",
             "Put it into a file: @FILE comes before each line.",
         )
-    lines = [line for line in read_file(args.prompts).splitlines() if line.strip()]
+    text = read_file(args.prompts, "file of prompts", "Write one prompt on each line.")
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise UsageError(f"{args.prompts} has no lines.", "Write one prompt on each line.")
     before = read_prompt([*given, "x"], args.file)[:-1]

@@ -366,6 +366,8 @@ def test_flags_that_do_not_go_with_prompts(program, tmp_path, flags, words):
     (tmp_path / "lines").write_text("\n \n")
     code, out, err = program("generate", "--prompts", tmp_path / "lines")
     assert code == 2 and "no lines" in err
+    code, out, err = program("generate", "--prompts", tmp_path / "none")
+    assert code == 2 and "file of prompts" in err and "one prompt on each line" in err
     code, out, err = program("generate", "Hello", "--batch-size", 3)
     assert code == 2 and "without --prompts" in err
 
