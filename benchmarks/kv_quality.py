@@ -3,9 +3,9 @@
 Reads texts into a cache in full precision and in 8 and 4 bits, keys and values apart, groups of 32
 and 64, and compares the logits of every token: Kullback-Leibler divergence from full precision,
 the share of tokens whose likeliest successor stays the same, perplexity. Then asks for needles in
-haystacks. Without MODEL it takes the one in this package; docs/cache.md has the figures of its
-plain base, which `python tools/base_model.py base.gguf` and `hydra-mlx convert --hf-path base.gguf
---head-map identity` make. The last line is JSON.
+haystacks. Without MODEL it takes the one in this package; docs/cache.md has its figures and those
+of its plain base, which `python tools/base_model.py base.gguf` and `hydra-mlx convert --hf-path
+base.gguf --head-map identity` make. The last line is JSON.
 """
 
 import argparse
