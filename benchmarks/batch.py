@@ -4,15 +4,15 @@ A model with random weights that has read a document; so many forks of it decode
 a question of its own behind the document. Measured in one run: a step of the batch that holds and
 reads the document once (CachedSequence.fork(share=True)), of one that pads and copies it for each
 row, and of one sequence alone, each one ahead of what is read; what each adds to the memory that is
-in use, and its peak. On a GPU the model has Qwen3-1.7B's geometry and
-4-bit weights and the document is random keys and values; on a CPU it is small and float32. The last
-line is JSON.
+in use, and its peak. The document is random keys and values. On a GPU the model has Qwen3-1.7B's
+geometry and 4-bit weights, on a CPU it is small and float32. The last line is JSON.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 
 import hydra_mlx  # noqa: F401
 from hydra_mlx.batch import Batch
@@ -75,9 +75,9 @@ def held(base: CachedSequence, rows: int, share: bool) -> list:
     return forks
 
 
-def steps(one, n: int) -> float:
+def steps(one: Callable, rows: int, n: int) -> float:
     """Milliseconds of a step: tokens [B] -> logits [B, V], the next begun before one is read."""
-    token, start = mx.array([1]), 0.0
+    token, start = mx.ones((rows,), mx.int32), 0.0
     for i in range(n + 6):
         if i == 6:
             mx.eval(token)
@@ -90,30 +90,25 @@ def steps(one, n: int) -> float:
     return 1000 * (time.perf_counter() - start) / n
 
 
-def together(base: CachedSequence, rows: int, share: bool, n: int) -> dict:
-    """A batch: milliseconds, bytes that are in use besides what was before, and their peak."""
+def replies(base: CachedSequence, rows: int, share: bool, together: bool, n: int) -> dict:
+    """Milliseconds of a step, bytes that are in use besides what was before, and their peak.
+
+    Args:
+        together: In a batch; else one fork by itself, which has its own copy of the document.
+    """
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    forks = held(base, rows, share)
-    batch = Batch(base.model)
-    batch.put(forks)
-    ms = steps(lambda t: batch.step(mx.broadcast_to(t, (rows,)) if t.size == 1 else t), n)
+    forks, batch = held(base, rows, share), Batch(base.model)
+    if together:
+        batch.put(forks)
+        ms = steps(batch.step, rows, n)
+    else:
+        ms = steps(lambda t: base.model(t[None], cache=forks[0].cache)[:, -1], 1, n)
     mx.clear_cache()
     row = {"ms": ms, "bytes": mx.get_active_memory() - before}
     row["peak"] = mx.get_peak_memory() - before
-    batch.take(forks)
+    batch.take(list(batch.rows))
     return row
-
-
-def alone(base: CachedSequence, n: int) -> dict:
-    """One fork by itself, which has its own copy of the document."""
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    (s,) = held(base, 1, False)
-    ms = steps(lambda t: base.model(t[None], cache=s.cache)[:, -1], n)
-    mx.clear_cache()
-    row = {"ms": ms, "bytes": mx.get_active_memory() - before}
-    return row | {"peak": mx.get_peak_memory() - before}
 
 
 def main(argv=None) -> int:
@@ -131,7 +126,7 @@ def main(argv=None) -> int:
     for word in args.kv_bits:
         bits = None if word == "none" else int(word)
         base = document(model, args.tokens, bits)
-        one = alone(base, args.steps)
+        one = replies(base, 1, False, False, args.steps)
         whole = sum(c.nbytes for c in base.cache if not isinstance(c, ArraysCache))
         print(f"{args.tokens} tokens, kv-bits {word}: keys and values {size(whole)}; one reply "
               f"{one['ms']:.2f} ms a token, {size(one['bytes'])} more in use",
@@ -139,7 +134,7 @@ def main(argv=None) -> int:
         for rows in args.rows:
             found = {}
             for kind, share in (("padded copies", False), ("shared", True)):
-                found[kind] = row = together(base, rows, share, args.steps)
+                found[kind] = row = replies(base, rows, share, True, args.steps)
                 print(f"  {rows} replies, {kind}: a step {row['ms']:.2f} ms, "
                       f"{rows * one['ms'] / row['ms']:.2f} times as fast as one by one; "
                       f"{size(row['bytes'])} more in use, peak {size(row['peak'])}",

@@ -12,24 +12,13 @@ import sys
 import hydra_mlx  # noqa: F401
 from hydra_mlx.kernels import fa_prefill
 from hydra_mlx.kernels.dispatch import relative_rms, route
-from hydra_mlx.kernels.fa_decode import KeyValues
 
 import mlx.core as mx
+from gpu_attention import cache
 from timing import median_ms
 
 T, D = 2048, 128
 SIMDGROUPS = (8, 4, 2)  # 8 query rows each
-
-
-def cache(heads: int, S: int) -> KeyValues:
-    """Random keys and values in 4 bits."""
-    both = []
-    for _ in "kv":
-        words = mx.random.randint(0, 2**31 - 1, (1, heads, S, D // 8), mx.uint32)
-        scales = mx.full((1, heads, S, D // 64), 0.25, mx.bfloat16)
-        both.append((words, scales, -2.0 * mx.ones_like(scales)))
-    mx.eval(both)
-    return KeyValues(*both, S, 4, 4, 64)
 
 
 def main(argv=None) -> int:
@@ -44,7 +33,7 @@ def main(argv=None) -> int:
     rows, bad = [], 0
     for heads in (2, 4):
         for S in args.keys:
-            kv = cache(heads, S)
+            kv, *_ = cache(heads, S, D, mx.bfloat16, 4)
             q = mx.random.normal((1, T, heads, D), dtype=mx.bfloat16)
             mine = tuple(range(heads))
             plain = fa_prefill.run(q, kv, mine, D**-0.5, route=way)

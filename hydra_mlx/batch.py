@@ -17,7 +17,7 @@ from mlx_lm.models.cache import ArraysCache
 
 from .batch_cache import HydraBatchCache
 from .cache import CONV, STATE, own_cache
-from .config import HydraArgs
+from .config import is_hydra
 from .errors import UsageError
 from .kv_cache import HydraKVCache
 from .kv_format import in_words, kv_format
@@ -207,11 +207,6 @@ def check_forms(cache: Sequence):
     if len(forms) > 1:
         words = ("full precision" if f is None else f"{in_words(*f[:2])} bits" for f in forms)
         raise UsageError(f"No batch of keys and values in different forms: {', '.join(words)}.")
-
-
-def is_hydra(model: Any) -> bool:
-    """Whether a model's layers can read a HydraBatchCache."""
-    return isinstance(getattr(model, "args", None), HydraArgs)
 
 
 def _own(s: CachedSequence) -> list:

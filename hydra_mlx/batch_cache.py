@@ -12,6 +12,7 @@ from mlx.utils import tree_map
 from mlx_lm.models.base import create_causal_mask
 
 from .kv_cache import STEP, HydraKVCache
+from .shared_rows import joined
 
 
 class HydraBatchCache:
@@ -180,15 +181,9 @@ def _stacked(blocks: list, like: HydraKVCache) -> tuple:
         both = [b.taken(lambda x, p=longest - b.n: _padded(x, p, room)) for b in blocks if b.n]
         some = iter(both)
         rows = [next(some) if b.n else tree_map(mx.zeros_like, both[0]) for b in blocks]
-        store.keys, store.values = (_concatenated(x) for x in zip(*rows, strict=True))
+        store.keys, store.values = (joined(x, axis=0) for x in zip(*rows, strict=True))
     return store, [longest - b.n for b in blocks]
 
 
 def _padded(x: mx.array, left: int, right: int) -> mx.array:
     return mx.pad(x, [(0, 0), (0, 0), (left, right), (0, 0)])
-
-
-def _concatenated(rows: Sequence) -> Any:
-    if isinstance(rows[0], Sequence):
-        return [mx.concatenate(x, axis=0) for x in zip(*rows, strict=True)]
-    return mx.concatenate(rows, axis=0)

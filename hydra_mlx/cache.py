@@ -63,7 +63,15 @@ def make_cache(args: HydraArgs) -> list:
 def tick(entry, B: int, T: int, D: int, dtype: mx.Dtype):
     """Count T tokens in the position entry of a model without FA heads."""
     zero = mx.zeros((B, 1, T, D), dtype)
-    (entry.append if hasattr(entry, "append") else entry.update_and_fetch)(zero, zero)
+    append_rows(entry, zero, zero)
+
+
+def append_rows(entry, keys: mx.array, values: mx.array) -> tuple:
+    """Append [B, Hk, T, D] to an entry; the keys and values up to them that it holds alone.
+
+    In mlx-lm's classes these are all. Ours keep apart what is shared: see their shared_groups.
+    """
+    return (entry.append if hasattr(entry, "append") else entry.update_and_fetch)(keys, values)
 
 
 def cache_bytes(cache: list) -> tuple:

@@ -393,3 +393,8 @@ def layer_heads(args: HydraArgs, layer: int, order: str | None = None) -> LayerH
         kept.sort(key=lambda k: (readers[k], k))
         fa.sort(key=lambda h: (kept.index(h // group), h))
     return LayerHeads(tuple(fa), la, tuple(kept), tuple(kept.index(h // group) for h in fa))
+
+
+def is_hydra(model: Any) -> bool:
+    """Whether a model is a HydraHead, whose layers can read our own cache classes."""
+    return isinstance(getattr(model, "args", None), HydraArgs)

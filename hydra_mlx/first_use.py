@@ -220,10 +220,9 @@ def parted(q: mx.array, like: Any, kv_of_fa: tuple, shared: bool, to: Backend) -
             one.shared = (SharedRows(whole.keys, whole.values, CACHED - 1),)
             one.offset += CACHED - 1
     kv = HydraBatchCache.merge(rows)
-    held = KeyValues.of(kv)
-    groups = [(n, [KeyValues.of_shared(p, held) for p in found]) for n, found in kv.shared_groups()]
+    held, starts, groups = fa_shared.parts_of(kv)
     s = 1.0 + mx.arange(2 * T, dtype=f32).reshape(2, T) / 8
-    call = (q, held, kv.padding, groups, kv_of_fa, D**-0.5, s)
+    call = (q, held, starts, groups, kv_of_fa, D**-0.5, s)
 
     def check() -> float:
         out = fa_shared.run(*call, route=to.route, executor=to.run, cores=to.cores)

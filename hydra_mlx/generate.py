@@ -277,7 +277,8 @@ def plan_memory(args: argparse.Namespace, sequence: Any, request: Any, note: Cal
         UsageError: Prompt and reply do not fit.
     """
     from .cache import cache_bytes
-    from .generation import is_hydra, prefill_step, reply_room
+    from .config import is_hydra
+    from .generation import prefill_step, reply_room
     from .machine import machine
     from .memory_plan import check, plan_of
 

@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import cache as caches
 from .checkpoints import Checkpoints
-from .config import HydraArgs
+from .config import is_hydra
 from .errors import UsageError
 from .kv_cache import BITS, GROUP_SIZES, HydraKVCache, in_words, kv_format
 from .layer_kernels import summary
@@ -319,11 +319,6 @@ def reply_room(prompt_tokens: int, max_tokens: int) -> int:
     """Tokens of the reply that room is made for; a longer one grows its cache as it goes."""
     most = max(REPLY_ROOM, prompt_tokens // 4)
     return most if max_tokens == -1 else min(max_tokens, most)
-
-
-def is_hydra(model: Any) -> bool:
-    """Whether our own cache classes can serve this model."""
-    return isinstance(getattr(model, "args", None), HydraArgs)
 
 
 def _quantise(model: Any, cache: list, bits: int | tuple, group_size: int):

@@ -74,9 +74,13 @@ class LayerKernels:
         """
         if x.shape[1] > la_decode.MAX_TOKENS:
             return None
+        why_not = _in_parts(kv)
+        if why_not:
+            self.paths["decode"] = ("operations", why_not)
+            return None
         to, layer = step.backend, self.gather(mixer)
         lengths = None if arrays is None else arrays.lengths
-        single = kv is None or (type(kv.offset) is int and not getattr(kv, "shared", ()))
+        single = kv is None or type(kv.offset) is int
         held = hydra_decode.cached(kv) if single else None
         shape = None
         if held is not None:  # a verdict holds for a million keys more
@@ -153,7 +157,7 @@ class LayerKernels:
             [B, T, Hf, D] or None, and whether gate and norm are done already.
         """
         to, T, args = step.backend, q.shape[1], mixer.args
-        if isinstance(kv, HydraBatchCache) or getattr(kv, "shared", ()):
+        if _in_parts(kv):
             return self.parted(mixer, q, p, step, kv)
         if not isinstance(getattr(kv, "offset", None), int) or not hasattr(kv, "keys"):
             self.paths["FA"] = ("operations", f"a {type(kv).__name__}")
@@ -186,8 +190,7 @@ class LayerKernels:
     def parted(self, mixer: Any, q: mx.array, p: Projected, step: Step, kv: Any) -> tuple:
         """attention() over a batch, or over keys and values shared with forks."""
         to, T, args, heads = step.backend, q.shape[1], mixer.args, mixer.heads.kv_of_fa
-        held, parts = KeyValues.of(kv), kv.shared_groups()
-        groups = [(rows, [KeyValues.of_shared(x, held) for x in found]) for rows, found in parts]
+        held, starts, groups = fa_shared.parts_of(kv)
         if T > fa_decode.MAX_TOKENS:
             verdict = False, f"{T} tokens over shared keys"
         elif not (held.quantised or groups):
@@ -203,11 +206,18 @@ class LayerKernels:
         if args.logit_scale_a is not None:
             s = ops.log_length_scale(step.offset, T, args.logit_scale_a)
         y = fa_shared.run(
-            q, held, getattr(kv, "padding", None), groups, heads, args.head_dim**-0.5, s,
+            q, held, starts, groups, heads, args.head_dim**-0.5, s,
             p.gate_fa, args.fa_gate_position, args.fusion_norm, mixer.weight("fa_norm"),
             to.route, to.run, to.cores,
         )  # fmt: skip
         return y, True
+
+
+def _in_parts(kv: Any) -> str:
+    """Why a cache has no single buffer of one sequence, or ""."""
+    if isinstance(kv, HydraBatchCache):
+        return "a HydraBatchCache"
+    return "keys and values shared with forks" if getattr(kv, "shared", ()) else ""
 
 
 def _kind(held: KeyValues | None) -> tuple | None:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_lm.models.rope_utils import initialize_rope
 
 from . import ops
-from .cache import CONV, STATE
+from .cache import CONV, STATE, append_rows
 from .config import HydraArgs, layer_heads
 from .fused import fused_bias, fused_rows
 from .layer_kernels import LayerKernels
@@ -66,8 +66,8 @@ class Mixer(nn.Module):
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, p.v_fa))
         if args.fa_rope:
             q, k = self.rope(q, offset=step.offset), self.rope(k, offset=step.offset)
-        if kv is not None:  # ours keep what is shared apart
-            k, v = (kv.append if hasattr(kv, "append") else kv.update_and_fetch)(k, v)
+        if kv is not None:
+            k, v = append_rows(kv, k, v)
         o = None
         if step.backend is not None and kv is not None:
             o, fused = self.kernels.attention(self, q.swapaxes(1, 2), p, step, kv)

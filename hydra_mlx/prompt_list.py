@@ -163,18 +163,19 @@ def plan_memory(args: Any, base: Any, requests: list, rows: int, note: Callable)
         UsageError: They do not fit.
     """
     from .cache import cache_bytes
-    from .generation import is_hydra, prefill_step, reply_room
+    from .config import is_hydra
+    from .generation import prefill_step, reply_room
     from .kv_cache import SHARED, kv_format
     from .machine import machine
     from .memory_plan import check, plan_of
-    from .rollback import common_prefix
+    from .rollback import common_to_all
 
     if not is_hydra(base.model):
         return
-    first = requests[0].ids
-    common = min(common_prefix(first, r.ids) for r in requests) if len(requests) > 1 else 0
-    common = max(common, len(base)) if len(base) >= SHARED else common
-    common = common if common >= SHARED else 0  # held once
+    common = common_to_all([r.ids for r in requests]) if len(requests) > 1 else 0
+    common = max(common, len(base))
+    if common < SHARED:
+        common = 0  # not held once
     longest = max(len(r.ids) + reply_room(len(r.ids), r.max_tokens) for r in requests)
     few = next(filter(None, map(kv_format, base.cache)), None)
     step = prefill_step(base, args.prefill_step_size)

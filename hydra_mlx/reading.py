@@ -7,7 +7,7 @@ from typing import Any
 
 from . import cache as caches
 from .checkpoint_options import CheckpointOptions
-from .config import HydraArgs
+from .config import is_hydra
 from .errors import CacheError, UsageError
 from .generation import check_kv_bits, prefill_step
 from .kv_cache import kv_format
@@ -51,7 +51,7 @@ class Job:
         Raises:
             UsageError: Not a HydraHead model, or bits that it cannot have.
         """
-        if not isinstance(getattr(model, "args", None), HydraArgs):
+        if not is_hydra(model):
             raise UsageError(
                 "`cache read` keeps checkpoints, which only HydraHead models need and have.",
                 "For this one use: hydra-mlx generate -m 0 --prompt-cache FILE @DOCUMENT",

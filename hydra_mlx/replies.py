@@ -17,7 +17,7 @@ from mlx_lm.generate import generation_stream
 from .batch import Batch, check_row
 from .errors import UsageError
 from .generation import Part
-from .rollback import common_prefix
+from .rollback import common_to_all
 from .sequence import CachedSequence
 from .text import StopMatcher
 
@@ -69,8 +69,7 @@ def read_shared(base: CachedSequence, prompts: Sequence, **options: Any) -> int:
         Tokens that the prompts share, and base then holds at least in part.
     """
     first = prompts[0]
-    n = min(common_prefix(first, p) for p in prompts)
-    n = min(n, min(map(len, prompts)) - 1)
+    n = min(common_to_all(prompts), min(map(len, prompts)) - 1)
     kept = base.fit(first[: n + 1])
     if len(prompts) > 1 and n - kept >= SHARED:
         base.read(first[kept:n], **options)

@@ -26,7 +26,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, make_pro
 
 from .cache import CONV, STATE
 from .checkpoints import Checkpoint, Checkpoints, slots_of
-from .config import HydraArgs
+from .config import is_hydra
 from .errors import CacheError, UsageError
 from .kv_cache import HydraKVCache, kv_format
 from .trial import Trial
@@ -41,7 +41,7 @@ def obstacle(model: Any, cache: list) -> str:
     if odd:
         return f"a cache with {', '.join(odd)}"
     states = any(isinstance(c, ArraysCache) for c in cache)
-    if states and not _is_hydra(model):
+    if states and not is_hydra(model):
         return f"the states of {type(model).__module__.rsplit('.', 1)[-1]}"
     return ""
 
@@ -96,7 +96,7 @@ def append(
     for a, b in call_ends(start, stop, step, checkpoints.grid.every):
         h = _forward(model, cache, ids[a - start : b - start])
         if b == stop:
-            logits = (model.head(h[:, -1:]) if _is_hydra(model) else h)[:, -1]
+            logits = (model.head(h[:, -1:]) if is_hydra(model) else h)[:, -1]
         checkpoints.note(cache, mark and b == stop)
     if start == stop and mark:
         checkpoints.note(cache, True)
@@ -208,6 +208,11 @@ def common_prefix(tokens: Sequence, cached_tokens: Sequence) -> int:
     return n
 
 
+def common_to_all(prompts: Sequence) -> int:
+    """How many ids all prompts begin with alike."""
+    return min(common_prefix(prompts[0], p) for p in prompts)
+
+
 def keepable(checkpoints: Checkpoints, old_tokens: Sequence, new_tokens: Sequence) -> int:
     """What reuse would keep, changing nothing. Of several sequences take the one that keeps most.
 
@@ -266,13 +271,9 @@ def _ids(tokens: Sequence) -> mx.array:
 
 
 def _forward(model: Any, cache: list, ids: mx.array) -> mx.array:
-    h = (model.model if _is_hydra(model) else model)(ids[None], cache)
+    h = (model.model if is_hydra(model) else model)(ids[None], cache)
     mx.eval([c.state for c in cache])  # not the logits: those of one token are wanted
     return h
-
-
-def _is_hydra(model: Any) -> bool:
-    return isinstance(getattr(model, "args", None), HydraArgs)
 
 
 def _offsets(model: Any, cache: list) -> tuple:

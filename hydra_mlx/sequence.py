@@ -23,7 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from . import rollback
 from .cache import own_cache
 from .checkpoints import MOST, Checkpoints
-from .config import HydraArgs
+from .config import is_hydra
 from .errors import CacheError, UsageError
 from .speculative import Decoder, Judge
 
@@ -46,11 +46,10 @@ def make_checkpoints(
     """
     if budget is None:
         return Checkpoints(NEVER, 2, 0, dtype)
-    args = getattr(model, "args", None)
-    if not isinstance(args, HydraArgs):
+    if not is_hydra(model):
         return Checkpoints(every, MOST, dtype=dtype)  # no states: they take nothing
     itemsize = model.model.norm.weight.dtype.size
-    return Checkpoints.within(args, budget, step=every, dtype=dtype, itemsize=itemsize)
+    return Checkpoints.within(model.args, budget, step=every, dtype=dtype, itemsize=itemsize)
 
 
 class CachedSequence:
@@ -302,7 +301,7 @@ class CachedSequence:
         """
         self.mend()
         other = copy.copy(self)
-        if share and not self.obstacle and isinstance(getattr(self.model, "args", None), HydraArgs):
+        if share and not self.obstacle and is_hydra(self.model):
             own_cache(self.cache)
         fork = copy.deepcopy if self.obstacle else partial(rollback.fork_cache, share=share)
         other.cache = fork(self.cache)

@@ -14,7 +14,8 @@ import mlx.core as mx
 
 from . import cli
 from .cache import own_cache
-from .generation import REPLY_ROOM, is_hydra
+from .config import is_hydra
+from .generation import REPLY_ROOM
 from .rollback import common_prefix
 from .sequence import NEVER
 from .server_fields import ApiError

@@ -90,11 +90,11 @@ def sequences(args: argparse.Namespace, model: Any) -> Callable:
         UsageError: kv-bits or checkpoints that cannot be had, or a model that cannot go back.
     """
     from .checkpoints import checkpoint_bytes
-    from .config import HydraArgs
+    from .config import is_hydra
     from .generation import make_sequence
 
     dtype, memory = args.checkpoint_dtype or "float32", args.checkpoints
-    hydra = isinstance(getattr(model, "args", None), HydraArgs)
+    hydra = is_hydra(model)
     if memory is None and hydra:
         itemsize = model.model.norm.weight.dtype.size
         memory = (POINTS + 2) * checkpoint_bytes(model.args, "float32", itemsize)
@@ -123,14 +123,14 @@ def make_memory(args: argparse.Namespace, model: Any, fresh: Callable) -> Any:
     Raises:
         UsageError: Not even a short request fits.
     """
-    from .config import HydraArgs
+    from .config import is_hydra
     from .kv_cache import kv_format
     from .machine import machine
     from .server_memory import Memory, memory_of
 
     sequence = fresh()
     few = next(filter(None, map(kv_format, sequence.cache)), None)
-    if not isinstance(getattr(model, "args", None), HydraArgs):
+    if not is_hydra(model):
         if args.memory is not None:
             raise UsageError(
                 "--memory needs a HydraHead model: what another takes is not known.",

@@ -17,9 +17,10 @@ from dataclasses import replace
 from typing import Any
 
 from . import cache as caches
+from .config import is_hydra
 from .conversation import Conversation, Read, Turn
 from .errors import UsageError
-from .generation import PREFILL_STEP, REPLY_ROOM, Part, is_hydra, stream_generate
+from .generation import PREFILL_STEP, REPLY_ROOM, Part, stream_generate
 from .rollback import common_prefix
 from .sequence import CachedSequence
 from .session_plan import How, Size, fit_context, fit_memory

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cache import cache_bytes
+from .config import is_hydra
 from .errors import UsageError
-from .generation import REPLY_ROOM, is_hydra, prefill_step
+from .generation import REPLY_ROOM, prefill_step
 from .kv_cache import kv_format
 from .machine import machine
 from .memory_plan import check, plan_of

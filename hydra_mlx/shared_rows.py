@@ -50,10 +50,10 @@ def rows_of(whole: Any, n: int) -> Any:
     return whole if n == whole.shape[2] else whole[..., :n, :]
 
 
-def joined(parts: Sequence) -> Any:
-    """Keys (or values) of several parts, one after the other, copied."""
+def joined(parts: Sequence, axis: int = 2) -> Any:
+    """Keys (or values) of several parts, copied: one after the other, or as rows on axis 0."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], Sequence):
-        return tuple(mx.concatenate(x, axis=2) for x in zip(*parts, strict=True))
-    return mx.concatenate(parts, axis=2)
+        return tuple(mx.concatenate(x, axis=axis) for x in zip(*parts, strict=True))
+    return mx.concatenate(parts, axis=axis)

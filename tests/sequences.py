@@ -9,9 +9,11 @@ from hydra_mlx.config import HydraArgs
 from hydra_mlx.forms import fuse_layer
 from hydra_mlx.model import Model
 from hydra_mlx.rollback import append, fork_cache, rollback
+from hydra_mlx.sequence import CachedSequence
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from .golden import weights as gold
 from .test_forms import map_layers
@@ -66,6 +68,26 @@ def new_cache(name: str) -> list:
     if name in OWN:
         own_cache(cache, 20)
     return quantise_cache(cache, BITS[name], 32) if name in BITS else cache
+
+
+def sequence(name: str, tokens: list = ()) -> CachedSequence:
+    """A CachedSequence with dense checkpoints that has read tokens, in the variant's format."""
+
+    def kv(cache):
+        if name in BITS:
+            quantise_cache(cache, BITS[name], 32)
+
+    s = CachedSequence(model_of(name), Checkpoints(every=8, most=8), new_cache(name), kv=kv)
+    s.read(tokens)
+    return s
+
+
+def broken_step(monkeypatch, batch, tokens: list):
+    """A step of a batch that an error in the last layer breaks off."""
+    last = type(batch.model.layers[-1].mlp)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(last, "__call__", lambda self, x: 1 / 0)
+        batch.step(mx.array(tokens))
 
 
 def some(n: int, seed: int = 0) -> list:

@@ -1,12 +1,10 @@
 """Batches: each row equals its single run, and stays a sequence of its own."""
 
 import json
-from functools import partial
 
 import hydra_mlx
 from hydra_mlx import kv_cache
 from hydra_mlx.batch import Batch
-from hydra_mlx.cache import quantise_cache
 from hydra_mlx.checkpoints import Checkpoints
 from hydra_mlx.errors import CacheError, UsageError
 from hydra_mlx.generation import make_sequence
@@ -19,22 +17,20 @@ import numpy as np
 import pytest
 
 from .planted import planted_model
-from .sequences import BITS, VARIANTS, V, difference, model_of, new_cache, some
+from .sequences import (
+    BITS,
+    VARIANTS,
+    V,
+    broken_step,
+    difference,
+    model_of,
+    new_cache,
+    sequence,
+    some,
+)
 from .tolerance import rel_rms
 
 ROUNDING = 1e-5  # of a batch against single runs, float32
-
-
-def quantised(name: str, cache: list):
-    if name in BITS:
-        quantise_cache(cache, BITS[name], 32)
-
-
-def sequence(name: str, tokens: list = ()) -> CachedSequence:
-    points, kv = Checkpoints(every=8, most=8), partial(quantised, name)
-    s = CachedSequence(model_of(name), points, new_cache(name), kv=kv)
-    s.read(tokens)
-    return s
 
 
 def fresh(name: str, tokens: list) -> list:
@@ -114,11 +110,7 @@ def test_a_broken_step_is_undone(monkeypatch):
     batch = Batch(model_of("one of each"))
     batch.put(rows)
     batch.step(mx.array([1, 2]))
-    last = type(model_of("one of each").layers[2].mlp)
-    monkeypatch.setattr(last, "__call__", lambda self, x: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        batch.step(mx.array([3, 4]))
-    monkeypatch.undo()
+    broken_step(monkeypatch, batch, [3, 4])
     batch.step(mx.array([5, 6]))
     batch.take(rows)
     for n, r, given in zip((3, 6), rows, ([1, 5], [2, 6]), strict=True):

@@ -19,6 +19,16 @@ HEADS = 32  # of one call
 START = -1e30  # maximum of no scores: FA_START of fa_common.h
 
 
+def parts_of(cache: Any) -> tuple:
+    """(own, starts, groups) of run, of a HydraBatchCache or a HydraKVCache."""
+    own = KeyValues.of(cache)
+    groups = [
+        (rows, [KeyValues.of_shared(p, own) for p in parts])
+        for rows, parts in cache.shared_groups()
+    ]
+    return own, getattr(cache, "padding", None), groups
+
+
 def eligible(
     q: mx.array, own: KeyValues, groups: Sequence, kv_of_fa: tuple, gate: mx.array | None
 ) -> tuple:
